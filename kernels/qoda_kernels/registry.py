@@ -1,0 +1,575 @@
+"""The registry: which codebook every parameter of a model is quantized with.
+
+Every parameter has a layer type (`layer_types.py`), every layer type a codebook; rules change either. Settings of one
+parameter are found in this order, later ones winning field by field:
+
+1. the defaults given to `CodebookRegistry.build`;
+2. the default rules: types `bias` and `norm`, and parameters of fewer than `min_numel` elements, travel exact (32
+   bits), because they are a vanishing share of the bytes and the most sensitive;
+3. the user's rules in order, so that a rule which names a bias or a small layer compresses it all the same.
+
+Parameters whose dtype is not float32, float16 or bfloat16 travel exact whatever the rules say.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from qoda_kernels.codebook import EXACT_BITS, Codebook
+from qoda_kernels.errors import CodebookError, RegistryError
+from qoda_kernels.layer_types import layer_types, layer_types_of_named_parameters
+from qoda_kernels.levels import Distribution, minimum_variance_levels
+
+LEVEL_SCHEMES = ("uniform", "exponential", "adaptive")
+COMPRESSIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEFAULT_MIN_NUMEL = 1024
+STATE_FORMAT = 1
+
+_TYPE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_SELECTORS = ("type", "name", "min_numel", "max_numel")
+_SHOWN_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How the coordinates of one layer type are quantized.
+
+    Attributes:
+        bits: code width, 2 to 8; 32 means exact, and then the other fields have no meaning.
+        bucket_size: coordinates that share one norm; a multiple of 128 between 128 and 8192.
+        norm: "max" or "l2".
+        norm_format: "fp32" or "bf16".
+        levels: "uniform", "exponential", "adaptive" (see `codebook`), or 2^(bits-1) explicit magnitudes from 0 to 1.
+    """
+
+    bits: int = 5
+    bucket_size: int = 512
+    norm: str = "max"
+    norm_format: str = "fp32"
+    levels: str | tuple[float, ...] = "adaptive"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether values travel raw."""
+        return self.bits == EXACT_BITS
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the levels follow the gradients' statistics."""
+        return self.levels == "adaptive" and not self.is_exact
+
+    @property
+    def level_scheme(self) -> str:
+        """One word: "uniform", "exponential", "adaptive", "explicit", or "exact" where there are no levels."""
+        if self.is_exact:
+            return "exact"
+        return self.levels if isinstance(self.levels, str) else "explicit"
+
+    def codebook(self) -> Codebook:
+        """Codebook that training starts with.
+
+        Adaptive levels start as the better of uniform and exponential ones, judged by the largest of their variances
+        on synthetic normal, Laplace and Student-t3 buckets of 512: exponential up to 4 bits with the max norm and up to
+        6 bits with the L2 norm, whose normalised coordinates are of order 1/sqrt(512); else uniform.
+
+        Raises:
+            CodebookError: for impossible values.
+        """
+        if self.is_exact:
+            return Codebook.exact()
+        fields: dict[str, Any] = {"bucket_size": self.bucket_size, "norm": self.norm, "norm_format": self.norm_format}
+        if not isinstance(self.levels, str):
+            return Codebook(bits=self.bits, levels=self.levels, **fields)
+        if self.levels not in LEVEL_SCHEMES:
+            raise CodebookError(
+                f"levels must be one of {', '.join(LEVEL_SCHEMES)}, or explicit magnitudes; got {self.levels!r}"
+            )
+        starts_exponential = self.bits <= (4 if self.norm == "max" else 6)
+        if self.levels == "exponential" or (self.levels == "adaptive" and starts_exponential):
+            return Codebook.exponential(self.bits, **fields)
+        return Codebook.uniform(self.bits, **fields)
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Settings, or another layer type, for the parameters that all the given selectors select.
+
+    Attributes:
+        type: selector: layer type, after all `as_type` of other rules have been applied.
+        name: selector: shell pattern for the parameter's whole name, case-sensitive; "*" also crosses dots.
+        min_numel: selector: least number of elements.
+        max_numel: selector: largest number of elements.
+        as_type: layer type to assign; one of `LAYER_TYPES` or a new name, which gets a codebook of its own.
+        bits: as in `LayerSettings`, like the four fields that follow; None leaves the setting as it is.
+        bucket_size: coordinates that share one norm.
+        norm: "max" or "l2".
+        norm_format: "fp32" or "bf16".
+        levels: scheme or explicit magnitudes.
+
+    Raises:
+        RegistryError: for a rule that selects nothing in particular, changes nothing, or contradicts itself.
+    """
+
+    type: str | None = None
+    name: str | None = None
+    min_numel: int | None = None
+    max_numel: int | None = None
+    as_type: str | None = None
+    bits: int | None = None
+    bucket_size: int | None = None
+    norm: str | None = None
+    norm_format: str | None = None
+    levels: str | tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.levels is not None and not isinstance(self.levels, str):
+            object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
+        given = self.to_dict()
+        if not any(selector in given for selector in _SELECTORS):
+            raise RegistryError(f"rule {self} selects no parameters: give it {', '.join(_SELECTORS)}")
+        if not any(field not in _SELECTORS for field in given):
+            fields = [field.name for field in dataclasses.fields(self) if field.name not in _SELECTORS]
+            raise RegistryError(f"rule {self} changes nothing: give it {', '.join(fields)}")
+        if self.min_numel is not None and self.max_numel is not None and self.min_numel > self.max_numel:
+            raise RegistryError(f"rule {self}: min_numel is larger than max_numel")
+        if self.as_type is not None and not _TYPE_NAME.fullmatch(self.as_type):
+            raise RegistryError(f"rule {self}: a layer type is lower-case letters, digits and underscores")
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are given, as JSON-able values; `LayerRule(**fields)` restores them."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.levels, tuple):
+            fields["levels"] = list(self.levels)
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of `LayerSettings` that the rule sets."""
+        names = (field.name for field in dataclasses.fields(LayerSettings))
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def selects(self, name: str, layer_type: str, numel: int) -> bool:
+        """Whether all selectors select this parameter."""
+        return (
+            (self.type is None or self.type == layer_type)
+            and (self.name is None or fnmatchcase(name, self.name))
+            and (self.min_numel is None or numel >= self.min_numel)
+            and (self.max_numel is None or numel <= self.max_numel)
+        )
+
+
+@dataclass(frozen=True)
+class ParameterEntry:
+    """What the registry knows of one parameter.
+
+    Attributes:
+        name: the parameter's name.
+        layer_type: its layer type, after the rules.
+        codebook: key of its codebook in `CodebookRegistry.codebooks`.
+        shape: its shape.
+        dtype: its dtype; gradients have the same.
+        offset: 64-bit coordinate of its element 0 in the whole model: elements of the parameters before it.
+    """
+
+    name: str
+    layer_type: str
+    codebook: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class CodebookRegistry:
+    """Codebooks of a model; immutable: an update of levels makes a new registry.
+
+    Attributes:
+        parameters: name -> entry, in the model's order; parameters that need no gradient are included, so that
+            freezing one moves no other's coordinates.
+        settings: codebook key -> settings it was made from.
+        codebooks: codebook key -> codebook. The key is the layer type. Where rules split a type, most of its compressed
+            elements keep the plain key, and the others' keys say what differs, as in "convolution/8bit".
+        version: how many times levels have been updated.
+    """
+
+    parameters: Mapping[str, ParameterEntry]
+    settings: Mapping[str, LayerSettings]
+    codebooks: Mapping[str, Codebook]
+    version: int = 0
+
+    @classmethod
+    def build(
+        cls,
+        parameters: nn.Module | Iterable[tuple[str, torch.Tensor]],
+        defaults: LayerSettings | None = None,
+        rules: Sequence[LayerRule] = (),
+        min_numel: int = DEFAULT_MIN_NUMEL,
+    ) -> "CodebookRegistry":
+        """Registry of a model.
+
+        Args:
+            parameters: the model, or where there is none its (name, tensor) pairs in order; only shapes and dtypes are
+                read.
+            defaults: settings of every parameter that no rule changes; `LayerSettings()` if None.
+            rules: the user's rules, called `layers[i]` in messages as in the configuration.
+            min_numel: parameters with fewer elements travel exact unless a rule says otherwise.
+
+        Raises:
+            RegistryError: for a rule that matches nothing, settings that no codebook can have, a parameter given twice.
+        """
+        named, types = _named_parameters_and_types(parameters)
+        resolved = {
+            name: _resolve(name, types[name], tensor, defaults or LayerSettings(), rules, min_numel)
+            for name, tensor in named.items()
+        }
+        _check_every_rule_matches(rules, named, types, resolved)
+        keys = _codebook_keys(resolved.values())
+        entries: dict[str, ParameterEntry] = {}
+        offset = 0
+        for name, tensor in named.items():
+            found = resolved[name]
+            key = keys[found.layer_type, found.settings]
+            entries[name] = ParameterEntry(name, found.layer_type, key, tuple(tensor.shape), tensor.dtype, offset)
+            offset += tensor.numel()
+        settings = {key: settings for (_, settings), key in keys.items()}
+        return cls(parameters=entries, settings=settings, codebooks=_codebooks(settings, entries.values()))
+
+    @property
+    def adaptive_keys(self) -> tuple[str, ...]:
+        """Keys of the codebooks whose levels follow the gradients' statistics."""
+        return tuple(key for key, settings in self.settings.items() if settings.is_adaptive)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole model."""
+        return sum(entry.numel for entry in self.parameters.values())
+
+    @property
+    def digest(self) -> bytes:
+        """Eight bytes that differ when parameters, codebooks, levels or version differ."""
+        text = json.dumps(self.describe(), sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+    def updated(self, statistics: Mapping[str, Distribution]) -> "CodebookRegistry":
+        """Registry with minimum-variance levels (QODA, arXiv 2505.14371, step 1), its version one higher.
+
+        Ranks that pass equal statistics get equal registries.
+
+        Args:
+            statistics: codebook key -> statistics merged over all ranks; adaptive codebooks that are left out keep
+                their levels and version.
+
+        Raises:
+            RegistryError: for a key that is unknown, or whose codebook is not adaptive.
+        """
+        version = self.version + 1
+        codebooks = dict(self.codebooks)
+        for key, gathered in statistics.items():
+            if key not in self.adaptive_keys:
+                raise RegistryError(
+                    f"codebook {key!r} is not adaptive; the adaptive ones: {_listed(self.adaptive_keys)}"
+                )
+            old = codebooks[key]
+            levels = minimum_variance_levels(gathered, old.bits, previous=old.levels)
+            codebooks[key] = old.with_levels([float(level) for level in levels], version)
+        return dataclasses.replace(self, codebooks=codebooks, version=version)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that ranks must agree on, as JSON-able values; `differences` compares two descriptions."""
+        return {
+            "parameters": [
+                {
+                    "name": entry.name,
+                    "shape": list(entry.shape),
+                    "dtype": str(entry.dtype).removeprefix("torch."),
+                    "layer_type": entry.layer_type,
+                    "codebook": entry.codebook,
+                    "offset": entry.offset,
+                }
+                for entry in self.parameters.values()
+            ],
+            "codebooks": {
+                key: {**codebook.to_dict(), "level_scheme": self.settings[key].level_scheme}
+                for key, codebook in self.codebooks.items()
+            },
+            "version": self.version,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint, of plain Python values; `restored` takes it back exactly."""
+        return {"format": STATE_FORMAT, **self.describe()}
+
+    def restored(self, state: Mapping[str, Any]) -> "CodebookRegistry":
+        """This registry with the levels and versions of `state`.
+
+        Raises:
+            RegistryError: for a state of another model, of other codebook formats, or that is no state; the message
+                names the differences.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise RegistryError(f"registry state has format {state.get('format')!r}; this version reads {STATE_FORMAT}")
+        try:
+            found = differences(
+                _without_levels(self.describe()), _without_levels(state), "this model", "the saved state"
+            )
+            codebooks = {key: _codebook_of_state(fields) for key, fields in state["codebooks"].items()}
+            version = int(state["version"])
+        except (KeyError, TypeError, AttributeError, CodebookError) as error:
+            raise RegistryError(f"the registry state is damaged: {error!r}") from error
+        if found:
+            raise RegistryError(
+                "the saved state belongs to another model or configuration: "
+                + _shortened(found)
+                + "; start from the configuration it was saved with, or train on without the saved state"
+            )
+        return dataclasses.replace(self, codebooks={key: codebooks[key] for key in self.codebooks}, version=version)
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], here: str, there: str) -> tuple[str, ...]:
+    """What two descriptions (`CodebookRegistry.describe`) disagree on, one sentence each; empty if on nothing.
+
+    Args:
+        ours: one description.
+        theirs: the other.
+        here: what to call the first, such as "rank 0".
+        there: what to call the second.
+    """
+    our_parameters = {entry["name"]: entry for entry in ours["parameters"]}
+    their_parameters = {entry["name"]: entry for entry in theirs["parameters"]}
+    found = _differences_of_entries("parameter", our_parameters, their_parameters, here, there, ignored=("offset",))
+    if not found:
+        pairs = zip(our_parameters, their_parameters, strict=True)
+        found += [
+            f"parameter {position} is {mine!r} in {here}, {other!r} in {there}"
+            for position, (mine, other) in enumerate(pairs)
+            if mine != other
+        ][:1]
+    found += _differences_of_entries("codebook", ours["codebooks"], theirs["codebooks"], here, there)
+    if ours["version"] != theirs["version"]:
+        found.append(f"registry version: {ours['version']} in {here}, {theirs['version']} in {there}")
+    return tuple(found)
+
+
+def _differences_of_entries(
+    kind: str,
+    ours: Mapping[str, Mapping[str, Any]],
+    theirs: Mapping[str, Mapping[str, Any]],
+    here: str,
+    there: str,
+    ignored: tuple[str, ...] = (),
+) -> list[str]:
+    found = [f"{kind} {name!r} is only in {here}" for name in ours if name not in theirs]
+    found += [f"{kind} {name!r} is only in {there}" for name in theirs if name not in ours]
+    for name in ours:
+        for field, mine in ours[name].items() if name in theirs else ():
+            other = theirs[name].get(field, mine)  # levels are absent where they are not compared
+            if field not in ignored and mine != other:
+                found.append(f"{kind} {name!r}: {_difference_of_values(field, mine, other, here, there)}")
+    return found
+
+
+def _difference_of_values(field: str, mine: Any, other: Any, here: str, there: str) -> str:
+    if field == "levels" and len(mine) == len(other):
+        position = next(position for position, level in enumerate(mine) if level != other[position])
+        return f"level {position} of {len(mine)} is {mine[position]} in {here}, {other[position]} in {there}"
+    if field == "levels":
+        return f"{len(mine)} levels in {here}, {len(other)} in {there}"
+    return f"{field} {mine} in {here}, {other} in {there}"
+
+
+def _without_levels(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A description without what updates of levels change."""
+    codebooks = {
+        key: {
+            name: value
+            for name, value in fields.items()
+            if fields["level_scheme"] != "adaptive" or name not in ("levels", "version")
+        }
+        for key, fields in description["codebooks"].items()
+    }
+    return {**description, "codebooks": codebooks, "version": None}
+
+
+def _codebook_of_state(fields: Mapping[str, Any]) -> Codebook:
+    return Codebook.from_dict({name: value for name, value in fields.items() if name != "level_scheme"})
+
+
+def _named_parameters_and_types(
+    parameters: nn.Module | Iterable[tuple[str, torch.Tensor]],
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    if isinstance(parameters, nn.Module):
+        return dict(parameters.named_parameters()), layer_types(parameters)
+    pairs = list(parameters)
+    types = layer_types_of_named_parameters(pairs)
+    first_names: dict[int, str] = {}
+    for name, tensor in pairs:
+        first = first_names.setdefault(id(tensor), name)
+        if first != name:
+            raise RegistryError(f"parameters {first!r} and {name!r} are one tensor: give it once")
+    return dict(pairs), types
+
+
+def _default_rules(min_numel: int) -> tuple[LayerRule, ...]:
+    rules = [LayerRule(type="bias", bits=EXACT_BITS), LayerRule(type="norm", bits=EXACT_BITS)]
+    if min_numel > 0:
+        rules.append(LayerRule(max_numel=min_numel - 1, bits=EXACT_BITS))
+    return tuple(rules)
+
+
+@dataclass(frozen=True)
+class _Resolution:
+    """What the rules make of one parameter; `rules` are the positions of the user's rules that matched it."""
+
+    layer_type: str
+    settings: LayerSettings
+    numel: int
+    rules: frozenset[int]
+
+
+def _resolve(
+    name: str,
+    layer_type: str,
+    tensor: torch.Tensor,
+    defaults: LayerSettings,
+    rules: Sequence[LayerRule],
+    min_numel: int,
+) -> _Resolution:
+    numel = tensor.numel()
+    matched = set()
+    for position, rule in enumerate(rules):
+        if rule.as_type is not None and rule.selects(name, layer_type, numel):
+            layer_type = rule.as_type
+            matched.add(position)
+    for position, rule in enumerate(rules):
+        if rule.as_type is None and rule.selects(name, layer_type, numel):
+            matched.add(position)
+    fields: dict[str, Any] = {}
+    for rule in _default_rules(min_numel):
+        fields.update(rule.settings if rule.selects(name, layer_type, numel) else {})
+    for position in sorted(matched):
+        fields.update(rules[position].settings)
+    settings = dataclasses.replace(defaults, **fields)
+    if settings.is_exact or tensor.dtype not in COMPRESSIBLE_DTYPES:
+        settings = LayerSettings(bits=EXACT_BITS)  # one value for all: what is not quantized has no other settings
+    return _Resolution(layer_type, settings, numel, frozenset(matched))
+
+
+def _codebooks(settings: Mapping[str, LayerSettings], entries: Iterable[ParameterEntry]) -> dict[str, Codebook]:
+    codebooks: dict[str, Codebook] = {}
+    for entry in entries:
+        if entry.codebook not in codebooks:
+            try:
+                codebooks[entry.codebook] = settings[entry.codebook].codebook()
+            except CodebookError as error:
+                raise RegistryError(f"settings of parameter {entry.name!r}: {error}") from error
+    return codebooks
+
+
+def _codebook_keys(resolved: Iterable[_Resolution]) -> dict[tuple[str, LayerSettings], str]:
+    """Key of every (layer type, settings) that occurs, in order of first occurrence."""
+    sizes: dict[tuple[str, LayerSettings], int] = {}
+    for found in resolved:
+        group = found.layer_type, found.settings
+        sizes[group] = sizes.get(group, 0) + found.numel
+    plain: dict[str, LayerSettings] = {}
+    for layer_type, settings in sorted(sizes, key=lambda group: (group[1].is_exact, -sizes[group])):
+        plain.setdefault(layer_type, settings)
+    return {
+        (layer_type, settings): layer_type
+        if settings == plain[layer_type]
+        else f"{layer_type}/{_suffix(settings, plain[layer_type])}"
+        for layer_type, settings in sizes
+    }
+
+
+def _suffix(settings: LayerSettings, plain: LayerSettings) -> str:
+    """The bits, and every other field that differs from the settings of the plain key: unique within a type."""
+    words = [f"{settings.bits}bit"]
+    if settings.is_exact:
+        return words[0]
+    if settings.bucket_size != plain.bucket_size:
+        words.append(f"bucket{settings.bucket_size}")
+    if settings.norm != plain.norm:
+        words.append(settings.norm)
+    if settings.norm_format != plain.norm_format:
+        words.append(settings.norm_format)
+    if settings.levels != plain.levels:
+        words.append(settings.level_scheme)
+        if settings.level_scheme == "explicit":
+            words.append(hashlib.blake2b(repr(settings.levels).encode(), digest_size=4).hexdigest())
+    return "-".join(words)
+
+
+def _check_every_rule_matches(
+    rules: Sequence[LayerRule],
+    named: Mapping[str, torch.Tensor],
+    types: Mapping[str, str],
+    resolved: Mapping[str, _Resolution],
+) -> None:
+    matched = frozenset[int]().union(*(found.rules for found in resolved.values()))
+    for position, rule in enumerate(rules):
+        if position not in matched:
+            # A rule that assigns a type sees the types as they were, any other the types as assigned.
+            seen = types if rule.as_type is not None else {name: found.layer_type for name, found in resolved.items()}
+            reason = _why_nothing_matches(rule, seen, {name: tensor.numel() for name, tensor in named.items()})
+            raise RegistryError(f"layers[{position}] {rule} matches no parameter: {reason}")
+
+
+def _why_nothing_matches(rule: LayerRule, types: Mapping[str, str], sizes: Mapping[str, int]) -> str:
+    present = tuple(dict.fromkeys(types.values()))
+    if not sizes:
+        return "the model has none"
+    if rule.type is not None and rule.type not in present:
+        nearest = difflib.get_close_matches(rule.type, present, n=1)
+        suggestion = f"did you mean {nearest[0]!r}? " if nearest else ""
+        return f"none has type {rule.type!r}; {suggestion}the types of this model are {_listed(present)}"
+    if rule.name is not None and not any(fnmatchcase(name, rule.name) for name in sizes):
+        return f"no name fits {rule.name!r}; the nearest parameter name is {_nearest_name(rule.name, tuple(sizes))!r}"
+    fitting = [name for name, size in sizes.items() if _without_sizes(rule).selects(name, types[name], size)]
+    if not fitting:
+        return f"no parameter of type {rule.type!r} has a name that fits {rule.name!r}"
+    smallest, largest = min(sizes[name] for name in fitting), max(sizes[name] for name in fitting)
+    return f"those that its other selectors select have {smallest} to {largest} elements"
+
+
+def _without_sizes(rule: LayerRule) -> LayerRule:
+    return dataclasses.replace(rule, name=rule.name or "*", min_numel=None, max_numel=None)
+
+
+def _nearest_name(pattern: str, names: Sequence[str]) -> str:
+    """The name most like the pattern without its wildcards, compared with the name's endings of any length."""
+    wanted = pattern.translate(str.maketrans("", "", "*?[]!")).strip(".")
+
+    def similarity(name: str) -> float:
+        parts = name.split(".")
+        endings = (".".join(parts[start:]) for start in range(len(parts)))
+        return max(difflib.SequenceMatcher(None, wanted, ending).ratio() for ending in (*endings, *parts))
+
+    return max(names, key=similarity)
+
+
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(words) or "none"
+
+
+def _shortened(sentences: Sequence[str]) -> str:
+    rest = len(sentences) - _SHOWN_DIFFERENCES
+    return "; ".join(sentences[:_SHOWN_DIFFERENCES]) + (f"; and {rest} more" if rest > 0 else "")
