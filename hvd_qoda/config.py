@@ -1,0 +1,542 @@
+"""Configuration: one validated schema for keyword arguments, JSON, YAML and the environment, for every front end.
+
+The same words mean the same everywhere. What is given in several places is taken from the first of: explicit keyword
+arguments, environment variables, a file, the defaults; a key's value replaces the whole value of the places behind it.
+Every mistake raises `ConfigError`, which names the key, the value and, for unknown words, the nearest known one.
+"""
+
+import difflib
+import itertools
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import torch
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+from torch import nn
+
+from hvd_qoda.errors import ConfigError
+from qoda_kernels.codebook import (
+    EXACT_BITS,
+    MAX_BITS,
+    MAX_BUCKET_SIZE,
+    MIN_BITS,
+    MIN_BUCKET_SIZE,
+    Codebook,
+)
+from qoda_kernels.layer_types import LAYER_TYPES
+from qoda_kernels.registry import (
+    DEFAULT_MIN_NUMEL,
+    LEVEL_SCHEMES,
+    CodebookRegistry,
+    LayerRule,
+    LayerSettings,
+)
+
+__all__ = ["ENVIRONMENT", "LayerRule", "QodaConfig", "UpdateLevels"]
+
+ENVIRONMENT: Mapping[str, str] = {
+    "CGX_COMPRESSION_QUANTIZATION_BITS": "bits",
+    "CGX_COMPRESSION_BUCKET_SIZE": "bucket_size",
+    "CGX_COMPRESSION_MINIMAL_SIZE": "min_numel",
+}
+"""Environment variables of torch_cgx that are read, and the key each one sets."""
+
+_IGNORED_ENVIRONMENT = {"CGX_FUSION_BUFFER_SIZE_MB": "the host's own fusion setting decides what is sent together"}
+_PLANNED_CODINGS = ("main", "alternating", "huffman", "elias")
+_BLOCK = "qoda"  # the key under which a host's file carries this configuration
+
+_logger = logging.getLogger(__name__)
+
+
+def _check_bits(bits: int) -> int:
+    if bits != EXACT_BITS and not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"must be {MIN_BITS} to {MAX_BITS}, or {EXACT_BITS} for no compression")
+    return bits
+
+
+def _check_bucket_size(size: int) -> int:
+    if size % MIN_BUCKET_SIZE or not MIN_BUCKET_SIZE <= size <= MAX_BUCKET_SIZE:
+        raise ValueError(f"must be a multiple of {MIN_BUCKET_SIZE} between {MIN_BUCKET_SIZE} and {MAX_BUCKET_SIZE}")
+    return size
+
+
+def _check_levels(levels: Any) -> str | tuple[float, ...]:
+    if isinstance(levels, str):
+        if levels not in LEVEL_SCHEMES:
+            raise ValueError(
+                f"must be {_alternatives(LEVEL_SCHEMES)}, or a list of levels{_nearest(levels, LEVEL_SCHEMES)}"
+            )
+        return levels
+    if not isinstance(levels, Sequence) or not all(_is_number(level) for level in levels):
+        raise ValueError(f"must be {_alternatives(LEVEL_SCHEMES)}, or a list of levels")
+    bits = len(levels).bit_length()
+    if not MIN_BITS <= bits <= MAX_BITS or len(levels) != 1 << (bits - 1):
+        raise ValueError(f"b bits need 2^(b-1) levels, b from {MIN_BITS} to {MAX_BITS}; got {len(levels)}")
+    return Codebook(bits=bits, levels=tuple(levels)).levels
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rule_fields(rule: Any) -> Any:
+    return rule.to_dict() if isinstance(rule, LayerRule) else rule
+
+
+_Bits = Annotated[int, AfterValidator(_check_bits)]
+_BucketSize = Annotated[int, AfterValidator(_check_bucket_size)]
+_Levels = Annotated[str | tuple[float, ...], BeforeValidator(_check_levels)]
+_Norm = Literal["max", "l2"]
+_NormFormat = Literal["fp32", "bf16"]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Model(BaseModel):
+    # Strict: "5" and true are not the number 5 or 1.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LayerRuleFields(_Model):
+    """The keys of one entry of `layers`; see `LayerRule`."""
+
+    type: str | None = None
+    name: str | None = None
+    min_numel: _Count | None = None
+    max_numel: _Count | None = None
+    as_type: str | None = None
+    bits: _Bits | None = None
+    bucket_size: _BucketSize | None = None
+    norm: _Norm | None = None
+    norm_format: _NormFormat | None = None
+    levels: _Levels | None = None
+
+    @model_validator(mode="after")
+    def _is_a_rule(self) -> "LayerRuleFields":
+        self.to_rule()
+        return self
+
+    @model_serializer
+    def _given_fields(self) -> dict[str, Any]:
+        return self.to_rule().to_dict()
+
+    def to_rule(self) -> LayerRule:
+        return LayerRule(**{name: getattr(self, name) for name in type(self).model_fields})
+
+
+class UpdateLevels(_Model):
+    """When adaptive levels are recomputed, and from what. Steps are counted from 1.
+
+    - `at`: steps at which levels are updated, in increasing order.
+    - `every`: after the last of these, also at every multiple of this many steps; null for never.
+    - `statistics`: what ranks exchange about their gradients, "histogram" or "truncated_normal".
+    - `samples`: over how many steps before an update the statistics are gathered.
+
+    The defaults are the settings that the authors of ALQ released (NeurIPS 2020).
+    """
+
+    at: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = (100, 2000)
+    every: Annotated[int, Field(ge=1)] | None = 10_000
+    statistics: Literal["histogram", "truncated_normal"] = "histogram"
+    samples: Annotated[int, Field(ge=1)] = 10
+
+    @field_validator("at")
+    @classmethod
+    def _increases(cls, at: tuple[int, ...]) -> tuple[int, ...]:
+        if any(earlier >= later for earlier, later in itertools.pairwise(at)):
+            raise ValueError("must be in increasing order")
+        return at
+
+    @property
+    def happens(self) -> bool:
+        """Whether there is any step at which levels are updated."""
+        return bool(self.at) or self.every is not None
+
+    def is_due(self, step: int) -> bool:
+        """Whether levels are updated at the beginning of this step, from statistics of the steps before it."""
+        if step in self.at:
+            return True
+        return self.every is not None and step % self.every == 0 and step > max(self.at, default=0)
+
+    def gathers(self, step: int) -> bool:
+        """Whether this step's gradients belong to the samples of an update that follows within `samples` steps."""
+        return any(self.is_due(later) for later in range(step + 1, step + self.samples + 1))
+
+
+class QodaConfig(_Model):
+    """Configuration of layer-wise quantized gradients; immutable, equal on all ranks.
+
+    - `bits`: code width, 2 to 8, of every parameter that no rule changes; 32 means no compression. Default 5.
+    - `bucket_size`: coordinates that share one norm; a multiple of 128 between 128 and 8192. Default 512.
+    - `norm`: what normalises a bucket, "max" or "l2". Default "max".
+    - `norm_format`: how norms travel, "fp32" or "bf16" (rounded up). Default "fp32".
+    - `levels`: "uniform", "exponential", "adaptive" (least variance) or 2^(bits-1) numbers. Default "adaptive".
+    - `coding`: "fixed", code words of `bits` bits; the only one in this version.
+    - `exchange`: "auto", "allgather" (quantized once) or "reduce_scatter" (twice, fewer bytes). Default "auto".
+    - `error_feedback`: false; not available in this version.
+    - `seed`: seed of the random rounding, 0 to 2^64 - 1. Default 0.
+    - `layers`: rules, later ones win: selectors `type`, `name` (shell pattern), `min_numel`, `max_numel`; and `bits`,
+      `bucket_size`, `norm`, `norm_format`, `levels`, or `as_type`, which assigns another layer type. Default none.
+    - `update_levels`: when adaptive levels are recomputed: `at`, `every`, `statistics`, `samples` (see `UpdateLevels`).
+    - `min_numel`: parameters with fewer elements, like biases and norms, are not compressed unless a rule says so.
+      Default 1024.
+    - `measure_error_every`: steps between measurements of the quantization error, 0 for never. Default 100.
+    - `worker_norms`: whether the squared norms that QODA with `sum_over="workers"` needs are exchanged. Default false.
+    - `timeout_s`: seconds to wait for other ranks before `ExchangeTimeoutError`. Default 20.
+
+    Raises:
+        ConfigError: naming every key that is unknown or has an impossible value.
+    """
+
+    bits: _Bits = 5
+    bucket_size: _BucketSize = 512
+    norm: _Norm = "max"
+    norm_format: _NormFormat = "fp32"
+    levels: _Levels = "adaptive"
+    coding: Literal["fixed"] = "fixed"
+    exchange: Literal["auto", "allgather", "reduce_scatter"] = "auto"
+    error_feedback: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    layers: Annotated[
+        tuple[Annotated[LayerRuleFields, BeforeValidator(_rule_fields)], ...],
+        Field(strict=False),
+    ] = ()
+    update_levels: UpdateLevels = UpdateLevels()
+    min_numel: _Count = DEFAULT_MIN_NUMEL
+    measure_error_every: _Count = 100
+    worker_norms: bool = False
+    timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 20.0
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_sentence(type(self), details) for details in error.errors())) from None
+        self._check_layer_types()
+        self._check_updates()
+
+    @field_validator("levels")
+    @classmethod
+    def _levels_fit_bits(cls, levels: str | tuple[float, ...], info: ValidationInfo) -> str | tuple[float, ...]:
+        bits = info.data.get("bits", EXACT_BITS)  # absent if itself impossible; levels have no use at 32 bits
+        if isinstance(levels, tuple) and bits != EXACT_BITS and len(levels) != 1 << (bits - 1):
+            raise ValueError(f"bits={bits} needs {1 << (bits - 1)} levels; got {len(levels)}")
+        return levels
+
+    @field_validator("coding", mode="before")
+    @classmethod
+    def _coding_exists(cls, coding: Any) -> Any:
+        if coding in _PLANNED_CODINGS:
+            raise ValueError("entropy coding is not available in this version; use 'fixed'")
+        return coding
+
+    @field_validator("error_feedback")
+    @classmethod
+    def _no_error_feedback(cls, error_feedback: bool) -> bool:
+        if error_feedback:
+            raise ValueError("error feedback is not available in this version; use false")
+        return error_feedback
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "") -> "QodaConfig":
+        """Configuration from a mapping with the keys above.
+
+        If the mapping has a key "qoda", that block is taken and the rest is left to the host. The lists `modules` and
+        `ignore_modules` of CGX's Horovod fork become rules on names that contain theirs, after those of `layers`.
+
+        Args:
+            values: the mapping.
+            source: where it comes from, for messages.
+        """
+        with _naming(source):
+            return cls(**_plain_values(values))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "QodaConfig":
+        """Configuration from a JSON file, a DeepSpeed configuration with a "qoda" block included."""
+        return cls.from_dict(_read_json(Path(path)), str(path))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "QodaConfig":
+        """Configuration from a YAML file, one of CGX's Horovod fork included."""
+        return cls.from_dict(_read_yaml(Path(path)), str(path))
+
+    @classmethod
+    def from_keywords(cls, **keywords: Any) -> "QodaConfig":
+        """Configuration from keyword arguments alone: no environment, no file."""
+        return cls(**keywords)
+
+    @classmethod
+    def from_environment(
+        cls, base: "QodaConfig | None" = None, environ: Mapping[str, str] | None = None
+    ) -> "QodaConfig":
+        """`base` (or the defaults) with what the environment variables of torch_cgx set, see `ENVIRONMENT`.
+
+        Args:
+            base: configuration to change.
+            environ: variables; `os.environ` if None.
+        """
+        return cls(**{**(base or cls()).to_dict(), **_environment_values(cls, environ)})
+
+    @classmethod
+    def load(
+        cls, path: str | Path | None = None, environ: Mapping[str, str] | None = None, **keywords: Any
+    ) -> "QodaConfig":
+        """Configuration from all places: keywords before environment before file before defaults.
+
+        Args:
+            path: a .json, .yaml or .yml file, if any.
+            environ: variables; `os.environ` if None, `{}` to read none.
+            keywords: the keys above.
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            with _naming(str(path)):
+                values = _plain_values(_read(Path(path)))
+                cls(**values)  # so that the message names the file
+        return cls(**{**values, **_environment_values(cls, environ), **keywords})
+
+    @property
+    def settings(self) -> LayerSettings:
+        """Settings of parameters that no rule changes."""
+        return LayerSettings(self.bits, self.bucket_size, self.norm, self.norm_format, self.levels)
+
+    @property
+    def rules(self) -> tuple[LayerRule, ...]:
+        """The rules of `layers`."""
+        return tuple(layer.to_rule() for layer in self.layers)
+
+    def build_registry(self, parameters: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> CodebookRegistry:
+        """Registry of a model, or of its (name, tensor) pairs; raises RegistryError for a rule that matches nothing."""
+        return CodebookRegistry.build(parameters, self.settings, self.rules, self.min_numel)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys as JSON-able values; `from_dict` restores the configuration exactly."""
+        return self.model_dump(mode="json")
+
+    def canonical_json(self) -> str:
+        """One text for equal configurations and different texts for different ones, for digests and messages."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def _check_layer_types(self) -> None:
+        types = (*LAYER_TYPES, *(layer.as_type for layer in self.layers if layer.as_type is not None))
+        for position, layer in enumerate(self.layers):
+            if layer.type is not None and layer.type not in types:
+                raise ConfigError(
+                    f"layers[{position}].type={layer.type!r}: no layer type{_nearest(layer.type, types)}; "
+                    f"the types are {', '.join(types)}"
+                )
+
+    def _check_updates(self) -> None:
+        schemes = (self.levels, *(layer.levels for layer in self.layers))
+        if "adaptive" in schemes and not self.update_levels.happens:
+            raise ConfigError(
+                "update_levels: adaptive levels need `at` or `every`; for levels that never change use "
+                "levels='uniform' or 'exponential'"
+            )
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Put the place that a configuration came from before the messages about it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}" if source else str(error)) from None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".json":
+        return _read_json(path)
+    if path.suffix in (".yaml", ".yml"):
+        return _read_yaml(path)
+    raise ConfigError(f"the name of a configuration file ends in .json, .yaml or .yml; got {path.name!r}")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(_text(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration: {error}") from None
+
+
+def _plain_values(values: Any) -> dict[str, Any]:
+    """The configuration's own block, CGX's lists of modules translated to rules."""
+    block = _mapping(values)
+    if _BLOCK in block:
+        misplaced = [key for key in block if key in QodaConfig.model_fields or key in ("modules", "ignore_modules")]
+        if misplaced:
+            raise ConfigError(f"{misplaced[0]}: stands beside the block {_BLOCK!r}; move it inside")
+        block = _mapping(block[_BLOCK])
+    values = {key: value for key, value in block.items() if key not in ("modules", "ignore_modules")}
+    rules = _rules_of_cgx(block.get("modules"), block.get("ignore_modules"))
+    if rules:
+        layers = values.get("layers", ())
+        if not isinstance(layers, (list, tuple)):
+            raise ConfigError(f"layers={layers!r}: must be a list")
+        values["layers"] = [*layers, *rules]
+    return values
+
+
+def _mapping(values: Any) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a configuration maps keys to values; got {values!r}")
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(f"{key!r}: keys are words")
+    return dict(values)
+
+
+def _rules_of_cgx(modules: Any, ignored: Any) -> list[dict[str, Any]]:
+    """Rules that mean what the two lists of CGX's Horovod fork mean.
+
+    There, a module's settings apply wherever its name occurs in a parameter's name, and ignored modules are never
+    compressed, whatever else is said of them.
+    """
+    rules: list[dict[str, Any]] = []
+    words = {"quantization_bits": "bits", "bucket_size": "bucket_size"}
+    for position, module in enumerate(_listing("modules", modules)):
+        where = f"modules[{position}]"
+        if not isinstance(module, Mapping) or not isinstance(module.get("name"), str):
+            raise ConfigError(f"{where}={module!r}: must have a name")
+        for key in module:
+            if key != "name" and key not in words:
+                raise ConfigError(
+                    f"{where}.{key}: unknown key{_nearest(str(key), ('name', *words))}; "
+                    f"the keys are {', '.join(('name', *words))}"
+                )
+        settings = {words[key]: value for key, value in module.items() if key in words}
+        with _naming(where):
+            QodaConfig(**settings)
+        if settings:
+            rules.append({"name": _containing(module["name"]), **settings})
+    for position, name in enumerate(_listing("ignore_modules", ignored)):
+        if not isinstance(name, str):
+            raise ConfigError(f"ignore_modules[{position}]={name!r}: must be a name")
+        rules.append({"name": _containing(name), "bits": EXACT_BITS})
+    return rules
+
+
+def _listing(key: str, values: Any) -> Sequence[Any]:
+    if values is None:
+        return ()
+    if not isinstance(values, (list, tuple)):
+        raise ConfigError(f"{key}={values!r}: must be a list")
+    return values
+
+
+def _containing(name: str) -> str:
+    """Shell pattern for the names that contain this one."""
+    literal = "".join(f"[{character}]" if character in "*?[" else character for character in name)
+    return f"*{literal}*"
+
+
+def _environment_values(cls: type[QodaConfig], environ: Mapping[str, str] | None) -> dict[str, Any]:
+    variables = os.environ if environ is None else environ
+    for variable, reason in _IGNORED_ENVIRONMENT.items():
+        if variables.get(variable):
+            _logger.warning("%s=%s is ignored: %s", variable, variables[variable], reason)
+    values: dict[str, Any] = {}
+    for variable, key in ENVIRONMENT.items():
+        text = variables.get(variable, "").strip()
+        if not text:
+            continue
+        try:
+            values[key] = int(text)
+        except ValueError:
+            raise ConfigError(f"{variable}={text!r}: must be a whole number") from None
+        with _naming(f"environment variable {variable}"):
+            cls(**{key: values[key]})
+    return values
+
+
+_MESSAGES = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a word",
+    "tuple_type": "must be a list",
+    "model_type": "must map keys to values",
+    "greater_than": "must be larger than {gt:g}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "finite_number": "must be finite",
+}
+
+
+def _sentence(model: type[_Model], details: ErrorDetails) -> str:
+    """What is wrong with one key."""
+    location, kind, context = details["loc"], details["type"], details.get("ctx", {})
+    key = _path(location)
+    if kind == "extra_forbidden":
+        known = tuple(_model_at(model, location).model_fields)
+        return f"{key}: unknown key{_nearest(str(location[-1]), known)}; the keys are {', '.join(known)}"
+    if kind == "literal_error":
+        words = _literals(model, location)
+        message = f"must be {_alternatives(words)}{_nearest(details['input'], words)}"
+    elif kind == "value_error":
+        message = str(context["error"])
+    else:
+        message = _MESSAGES[kind].format(**context) if kind in _MESSAGES else details["msg"]
+    return f"{key}={details['input']!r}: {message}"
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """A key as one would write it, such as layers[3].bits."""
+    words = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return words.removeprefix(".")
+
+
+def _model_at(model: type[_Model], location: Sequence[int | str]) -> type[_Model]:
+    """The model whose key the last part of the location is."""
+    if location[0] == "layers" and len(location) > 1:
+        return LayerRuleFields
+    return UpdateLevels if location[0] == "update_levels" and len(location) > 1 else model
+
+
+def _literals(model: type[_Model], location: Sequence[int | str]) -> tuple[str, ...]:
+    annotation = _model_at(model, location).model_fields[str(location[-1])].annotation
+    parts = [annotation, *get_args(annotation)]
+    return tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+
+
+def _nearest(word: Any, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5) if isinstance(word, str) else []
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _alternatives(words: Sequence[str]) -> str:
+    quoted = [repr(word) for word in words]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
