@@ -288,6 +288,12 @@ def test_nearest_enclosing_module_decides_between_attention_and_feed_forward():
     assert types["block.attn.in_proj_weight"] == "attention"
     assert types["block.mlp.c_proj.weight"] == "feed_forward"
     assert types["attend.mix.weight"] == "attention"
+    inside = named(
+        attention_stack=named(mlp=nn.Linear(8, 8)), expert_stack=named(attn=nn.Linear(8, 8)), top=nn.Linear(8, 2)
+    )
+    types = layer_types(inside)
+    assert types["attention_stack.mlp.weight"] == "feed_forward"
+    assert types["expert_stack.attn.weight"] == "attention"
 
 
 def test_last_linear_of_plain_sequential_is_output_also_when_nested():

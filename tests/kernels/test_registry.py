@@ -175,6 +175,12 @@ def test_most_of_the_compressed_elements_keep_the_plain_key():
     assert registry.parameters["2.weight"].codebook == "convolution/5bit"
 
 
+def test_compressed_elements_keep_the_plain_key_even_when_most_are_exact():
+    registry = CodebookRegistry.build(model(), UNIFORM, [LayerRule(name="3.weight", bits=32)])
+    assert registry.parameters["2.weight"].codebook == "convolution"
+    assert registry.parameters["3.weight"].codebook == "convolution/32bit"
+
+
 def test_as_type_assigns_before_other_rules_look():
     rules = [
         LayerRule(type="router", bits=8),
