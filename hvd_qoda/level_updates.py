@@ -1,0 +1,105 @@
+"""When the levels of adaptive codebooks change, and from what.
+
+In the steps before an update every rank gathers statistics of its own gradients. At the end of each such step the ranks
+exchange them and all add them up, in rank order and in float64; so between steps every rank holds the same statistics
+(one rank's checkpoint serves all), and at the beginning of a step of U every rank computes the same levels from them
+(QODA, arXiv 2505.14371, step 1). That they are the same is checked: `LevelUpdates.begin_step` compares digests.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from hvd_qoda.agreement import check_agreement
+from hvd_qoda.config import UpdateLevels
+from hvd_qoda.transport import Transport, all_gather_array
+from qoda_kernels.registry import CodebookRegistry
+from qoda_kernels.statistics import LevelStatistics, statistics_class
+
+__all__ = ["LevelUpdates"]
+
+
+class LevelUpdates:
+    """Gathers statistics and updates levels on schedule.
+
+    Args:
+        schedule: when, and which statistics.
+        registry: the model's codebooks, as training starts.
+    """
+
+    def __init__(self, schedule: UpdateLevels, registry: CodebookRegistry) -> None:
+        self._schedule = schedule
+        self._statistics = statistics_class(schedule.statistics)
+        self._keys = registry.adaptive_keys
+        self._merged: dict[str, LevelStatistics] = {}  # the same on every rank
+        self._own: dict[str, LevelStatistics] = {}  # of this rank in this step, by parameter
+
+    def begin_step(self, step: int, registry: CodebookRegistry, transport: Transport) -> CodebookRegistry:
+        """The codebooks for a step, counted from 1: updated ones if the schedule says so.
+
+        Raises:
+            RankMismatchError: if the ranks have computed different levels.
+        """
+        if not self._keys or not self._schedule.is_due(step):
+            return registry
+        usable = {key: merged for key, merged in self._merged.items() if merged.squared_norm > 0.0}
+        self._merged = {}
+        if not usable:
+            return registry
+        updated = registry.updated(usable)
+        check_agreement(transport, {f"levels at step {step}": updated.describe()["codebooks"]}, "hvd_qoda.levels")
+        return updated
+
+    def wants(self, step: int, key: str) -> bool:
+        """Whether gradients of this codebook are to be gathered in this step."""
+        return key in self._keys and self._schedule.gathers(step)
+
+    def gather(self, parameter: str, values: torch.Tensor, registry: CodebookRegistry) -> None:
+        """Read one gradient of this rank.
+
+        Args:
+            parameter: name of the parameter.
+            values: contiguous 1-D CPU tensor.
+            registry: the codebooks of this step.
+        """
+        codebook = registry.codebooks[registry.parameters[parameter].codebook]
+        self._own[parameter] = self._statistics.gather(values.float().numpy(), codebook.bucket_size, codebook.norm)
+
+    def end_step(self, step: int, registry: CodebookRegistry, transport: Transport) -> None:
+        """Exchange and add up what this step has gathered; a collective call that waits, in sampling steps only."""
+        own, self._own = self._own, {}
+        if not self._keys or not self._schedule.gathers(step):
+            return
+        # In the model's order: hooks run in another order on every rank and in every run.
+        parts: dict[str, list[LevelStatistics]] = {key: [] for key in self._keys}
+        for name, entry in registry.parameters.items():
+            if name in own:
+                parts[entry.codebook].append(own[name])
+        arrays = np.stack([self._statistics.merge_in_order(parts[key]).to_array() for key in self._keys])
+        for array in all_gather_array(transport, arrays, "hvd_qoda.statistics"):
+            for key, row in zip(self._keys, array, strict=True):
+                received = self._statistics.from_array(row)
+                self._merged[key] = self._merged[key].merge(received) if key in self._merged else received
+
+    def abandon_step(self) -> None:
+        """Forget what this step has gathered."""
+        self._own = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics since the last update, as plain values; equal on all ranks."""
+        return {
+            "statistics": self._schedule.statistics,
+            "merged": {key: merged.to_array().tolist() for key, merged in self._merged.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s values; statistics of another kind, or of codebooks that do not adapt, are dropped."""
+        self._own = {}
+        same_kind = state["statistics"] == self._schedule.statistics
+        self._merged = {
+            key: self._statistics.from_array(np.array(array, dtype=np.float64))
+            for key, array in state["merged"].items()
+            if same_kind and key in self._keys
+        }

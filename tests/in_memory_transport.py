@@ -1,0 +1,71 @@
+"""Ranks without a host: several transports in one process, whose collectives finish when all of them have started."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hvd_qoda.traffic import TrafficMeter
+from hvd_qoda.transport import Handle
+
+
+class InMemoryGroup:
+    """`size` transports that reach each other; collectives are matched by name.
+
+    Args:
+        size: number of ranks.
+        change: called with (collective, source, destination, bytes) for everything delivered; what it returns arrives.
+    """
+
+    def __init__(self, size: int, change: Callable[[str, int, int, torch.Tensor], torch.Tensor] | None = None) -> None:
+        self.size = size
+        self.change = change or (lambda name, source, destination, received: received)
+        self.started: dict[str, dict[int, list[torch.Tensor]]] = {}
+        self.transports = [InMemoryTransport(self, rank) for rank in range(size)]
+
+
+class InMemoryTransport:
+    def __init__(self, group: InMemoryGroup, rank: int) -> None:
+        self.rank = rank
+        self.size = group.size
+        self.ranks = tuple(range(group.size))
+        self.timeout_s = 0.2
+        self.meter = TrafficMeter()
+        self._group = group
+
+    def start_all_gather(self, message: torch.Tensor, receive_bytes: Sequence[int], name: str) -> Handle:
+        self.meter.all_gather(message.numel(), self.size)
+        return self._start([message] * self.size, name)
+
+    def start_all_to_all(
+        self, message: torch.Tensor, send_bytes: Sequence[int], receive_bytes: Sequence[int], name: str
+    ) -> Handle:
+        self.meter.all_to_all(send_bytes, self.rank)
+        return self._start(list(message.split(list(send_bytes))), name)
+
+    def _start(self, shares: list[torch.Tensor], name: str) -> Handle:
+        contributions = self._group.started.setdefault(name, {})
+        assert self.rank not in contributions, f"{name} is under way a second time"
+        contributions[self.rank] = shares
+        return InMemoryHandle(self._group, self.rank, name)
+
+
+class InMemoryHandle:
+    def __init__(self, group: InMemoryGroup, rank: int, name: str) -> None:
+        self.name = name
+        self._group = group
+        self._rank = rank
+        self._contributions = group.started[name]
+
+    def ready(self) -> bool:
+        finished = len(self._contributions) == self._group.size
+        if finished and self._group.started.get(self.name) is self._contributions:
+            del self._group.started[self.name]
+        return finished
+
+    def wait(self) -> list[torch.Tensor]:
+        assert self.ready()
+        sources = sorted(self._contributions)
+        parts = [self._contributions[source][self._rank].clone() for source in sources]
+        return [
+            self._group.change(self.name, source, self._rank, part) for source, part in zip(sources, parts, strict=True)
+        ]

@@ -1,0 +1,319 @@
+"""Runs functions in real Horovod ranks on the loopback interface of this machine.
+
+Several checks share one set of processes, because starting a rank takes seconds:
+
+    with RankPool(2) as ranks:
+        results = ranks.run(check_something, 3, bits=5)      # a list: each rank's return value, in rank order
+
+`check_something(3, bits=5)` runs in every rank, after `horovod.torch.init()`. It must be a top-level function of a
+module (a test file will do); arguments and results travel by pickle. An exception in any rank raises `RankError` in the
+caller, with every rank's traceback. A rank that does not answer in time is stopped, with all others, and `RankError`
+shows where each of them was. After an error the pool starts new processes for the next call.
+
+`run_ranks(function, size, ...)` is a pool for one call. `horovodrun(["python", "x.py"], size)` runs a whole program
+under the real `horovodrun --gloo` and returns its output. All of them stop only the processes that they have started.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import importlib.util
+import inspect
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S = 90.0
+DEFAULT_TIMEOUT_S = 60.0
+_TRACEBACK_GRACE_S = 1.0
+
+
+class RankError(AssertionError):
+    """A rank raised, died, or did not answer in time; the message holds each rank's report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one call in one rank."""
+
+    value: Any = None
+    error: str | None = None  # "TypeName: message"
+    report: str = ""  # the traceback
+
+
+class RankPool:
+    """`size` Horovod ranks of this machine, kept for several calls.
+
+    Args:
+        size: number of ranks.
+        environment: variables added to the ranks' environment.
+        prefix: command put in front of each rank's, e.g. ["ip", "netns", "exec", "x"].
+    """
+
+    def __init__(self, size: int, environment: Mapping[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
+        self.size = size
+        self._environment = dict(environment or {})
+        self._prefix = list(prefix)
+        self._ranks: list[_Rank] = []
+        self._rendezvous: Any = None
+
+    def __enter__(self) -> "RankPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = DEFAULT_TIMEOUT_S, **kwargs: Any
+    ) -> list[Any]:
+        """Call a function in every rank and return what each of them returned.
+
+        Raises:
+            RankError: if any rank raised, died or did not finish within `timeout` seconds.
+        """
+        outcomes = self.outcomes(function, *args, timeout=timeout, **kwargs)
+        if any(outcome.error for outcome in outcomes):
+            raise RankError("\n".join(f"--- rank {k}: {o.error or 'ok'}\n{o.report}" for k, o in enumerate(outcomes)))
+        return [outcome.value for outcome in outcomes]
+
+    def outcomes(
+        self, function: Callable[..., Any], *args: Any, timeout: float = DEFAULT_TIMEOUT_S, **kwargs: Any
+    ) -> list[Outcome]:
+        """Like `run`, but exceptions that the function raised come back as `Outcome.error`; the pool then starts anew.
+
+        Raises:
+            RankError: if a rank died or did not finish within `timeout` seconds.
+        """
+        if not self._ranks:
+            self._start()
+        call = pickle.dumps((str(inspect.getsourcefile(function)), function.__qualname__, args, kwargs))
+        for rank in self._ranks:
+            rank.connection.send_bytes(call)
+        outcomes = self._collect(time.monotonic() + timeout, function.__qualname__)
+        if any(outcome.error for outcome in outcomes):
+            self.close()  # a rank that has raised may have left collectives unanswered
+        return outcomes
+
+    def close(self) -> None:
+        """Stop the ranks; they are started again by the next call."""
+        for rank in self._ranks:
+            with contextlib.suppress(OSError):
+                rank.connection.send_bytes(b"")
+        for rank in self._ranks:
+            rank.stop(grace_s=10.0)
+        self._ranks = []
+        if self._rendezvous is not None:
+            self._rendezvous.stop()
+            self._rendezvous = None
+
+    def _start(self) -> None:
+        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+        from horovod.runner.http.http_server import RendezvousServer
+
+        self._rendezvous = RendezvousServer(0)
+        slots = get_host_assignments(parse_hosts(f"{socket.gethostname()}:{self.size}"), self.size)
+        port = self._rendezvous.start()
+        self._rendezvous.init(slots)
+        for slot in slots:
+            variables = {
+                "HOROVOD_HOSTNAME": str(slot.hostname),
+                "HOROVOD_RANK": str(slot.rank),
+                "HOROVOD_SIZE": str(slot.size),
+                "HOROVOD_LOCAL_RANK": str(slot.local_rank),
+                "HOROVOD_LOCAL_SIZE": str(slot.local_size),
+                "HOROVOD_CROSS_RANK": str(slot.cross_rank),
+                "HOROVOD_CROSS_SIZE": str(slot.cross_size),
+                "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
+                "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
+                "HOROVOD_GLOO_IFACE": "lo",
+                "HOROVOD_CONTROLLER": "gloo",
+                "HOROVOD_CPU_OPERATIONS": "gloo",
+            }
+            self._ranks.append(_Rank({**child_environment(), **variables, **self._environment}, self._prefix))
+        self._collect(time.monotonic() + START_TIMEOUT_S, "horovod.torch.init")
+
+    def _collect(self, deadline: float, what: str) -> list[Outcome]:
+        """One outcome of each rank."""
+        outcomes: dict[int, Outcome] = {}
+        waiting = {rank.connection: k for k, rank in enumerate(self._ranks)}
+        while waiting:
+            answered = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not answered:
+                self._give_up(f"{what}: ranks {sorted(waiting.values())} did not finish in time")
+            for connection in answered:
+                number = waiting.pop(connection)
+                try:
+                    outcomes[number] = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    self._give_up(f"{what}: rank {number} died")
+        return [outcomes[k] for k in range(self.size)]
+
+    def _give_up(self, reason: str) -> None:
+        for rank in self._ranks:
+            rank.show_stack()
+        time.sleep(_TRACEBACK_GRACE_S)
+        for rank in self._ranks:
+            rank.stop(grace_s=0.0)
+        logs = "\n".join(f"--- rank {k}\n{rank.log()}" for k, rank in enumerate(self._ranks))
+        self.close()
+        raise RankError(f"{reason}\n{logs}")
+
+
+class _Rank:
+    """One process, and the pipe to it."""
+
+    def __init__(self, environment: Mapping[str, str], prefix: Sequence[str]) -> None:
+        self.connection, theirs = Pipe()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the rank lives
+        command = [*prefix, sys.executable, "-m", "tests.launcher", str(theirs.fileno())]
+        self._process = subprocess.Popen(
+            command, env=dict(environment), pass_fds=[theirs.fileno()], stdout=self._log, stderr=self._log, cwd=ROOT
+        )
+        theirs.close()
+
+    def show_stack(self) -> None:
+        """Ask a living rank to write its stack into its log."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR1)
+
+    def stop(self, grace_s: float) -> None:
+        """Wait for the process, then kill it."""
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self.connection.close()
+
+    def log(self, limit: int = 6000) -> str:
+        """The end of what the rank has printed."""
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-limit:]
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    size: int,
+    *args: Any,
+    timeout: float = DEFAULT_TIMEOUT_S,
+    environment: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> list[Any]:
+    """Call a function in `size` new ranks and return what each of them returned; see `RankPool.run`."""
+    with RankPool(size, environment) as ranks:
+        return ranks.run(function, *args, timeout=timeout, **kwargs)
+
+
+def horovodrun(
+    command: Sequence[str], size: int, timeout: float = 120.0, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program under `horovodrun -np size --gloo`; its output is captured, its exit status not checked.
+
+    Raises:
+        subprocess.TimeoutExpired: after `timeout` seconds; all of its processes are stopped.
+    """
+    launcher = Path(sys.executable).with_name("horovodrun")
+    full = [str(launcher), "-np", str(size), "--gloo", "--network-interface", "lo", *command]
+    process = subprocess.Popen(
+        full,
+        env={**child_environment(), **(environment or {})},
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # horovodrun passes it on to its ranks
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(full, process.returncode, output, "")
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, set up for ranks: one thread each, the checkout importable."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+    }
+
+
+def _serve(connection: Connection) -> None:
+    """A rank's main loop: answer calls until an empty one."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    modules: dict[str, ModuleType] = {}
+    with connection:
+        outcome = _attempt(_initialise)
+        connection.send_bytes(pickle.dumps(outcome))
+        while call := connection.recv_bytes():
+            path, name, args, kwargs = pickle.loads(call)
+            print(f"--- {name}")
+            outcome = _attempt(partial(_call, modules, path, name, args, kwargs))
+            connection.send_bytes(pickle.dumps(outcome))
+    import horovod.torch as hvd
+
+    hvd.shutdown()
+
+
+def _initialise() -> None:
+    import horovod.torch as hvd
+    import torch
+
+    torch.set_num_threads(1)
+    hvd.init()
+
+
+def _call(modules: dict[str, ModuleType], path: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return getattr(_load(modules, path), name)(*args, **kwargs)
+
+
+def _load(modules: dict[str, ModuleType], path: str) -> ModuleType:
+    if path not in modules:
+        name = f"rank_module_{Path(path).stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(path)
+        modules[path] = module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return modules[path]
+
+
+def _attempt(call: Callable[[], Any]) -> Outcome:
+    try:
+        value = call()
+        pickle.dumps(value)
+    except Exception as error:  # whatever a test function raises must reach the test
+        return Outcome(error=f"{type(error).__name__}: {error}", report=traceback.format_exc())
+    return Outcome(value=value)
+
+
+if __name__ == "__main__":
+    # Outcomes are pickled by the name under which the caller knows their class.
+    from tests import launcher
+
+    with contextlib.suppress(EOFError):
+        launcher._serve(Connection(int(sys.argv[1])))
