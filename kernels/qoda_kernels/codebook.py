@@ -1,0 +1,137 @@
+"""A codebook: the immutable description of how the coordinates of one layer type become code words.
+
+A code word of b bits is a sign (its highest bit) and the index of a magnitude level (the other bits), with a true zero:
+there are 2^(b-1) levels 0 = l_0 < l_1 < ... < 1, so 2^b - 2 intervals between -1 and 1. A coordinate v in a bucket of
+norm N is sent as one of the two levels around |v| / N, at random, so that the mean is v (QSGD, arXiv 1610.02132;
+non-uniform levels as in NUQSGD, arXiv 1908.06077, ALQ, and QODA, arXiv 2505.14371).
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qoda_kernels.errors import CodebookError
+from qoda_kernels.levels import check_levels, exponential_levels, uniform_levels
+
+EXACT_BITS = 32
+MIN_BITS, MAX_BITS = 2, 8
+ROWS = 8  # rows of a tile: a lane packs 8 codes, so any code width fills whole bytes
+MIN_BUCKET_SIZE, MAX_BUCKET_SIZE = 128, 8192
+NORMS = ("max", "l2")
+NORM_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class CodebookFormat:
+    """What the size of a message depends on: code width, bucket size and the format of the norm words."""
+
+    bits: int
+    bucket_size: int
+    norm_format: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether values travel raw, in their own dtype."""
+        return self.bits == EXACT_BITS
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a full tile: 32, or 16 where the bucket size is no multiple of 256."""
+        return 32 if self.bucket_size % (ROWS * 32) == 0 else 16
+
+    @property
+    def norm_bytes(self) -> int:
+        """Bytes of one norm word."""
+        return NORM_BYTES[self.norm_format]
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Levels and format with which one layer type is quantized.
+
+    Attributes:
+        bits: code width, 2 to 8; 32 means exact: values travel raw.
+        levels: 2^(bits-1) float32 magnitudes from 0 to 1, strictly increasing; empty when exact.
+        bucket_size: coordinates that share one norm; a multiple of 128 between 128 and 8192.
+        norm: "max" (largest magnitude) or "l2" (Euclidean norm of the bucket).
+        norm_format: "fp32", or "bf16", rounded up so that no coordinate exceeds its norm.
+        version: how many times the levels have been updated.
+
+    Raises:
+        CodebookError: for a value outside these.
+    """
+
+    bits: int
+    levels: tuple[float, ...] = ()
+    bucket_size: int = 512
+    norm: str = "max"
+    norm_format: str = "fp32"
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits != EXACT_BITS and not (isinstance(self.bits, int) and MIN_BITS <= self.bits <= MAX_BITS):
+            raise CodebookError(f"bits must be {MIN_BITS} to {MAX_BITS}, or {EXACT_BITS} for exact; got {self.bits!r}")
+        if self.bucket_size % MIN_BUCKET_SIZE or not MIN_BUCKET_SIZE <= self.bucket_size <= MAX_BUCKET_SIZE:
+            raise CodebookError(
+                f"bucket_size must be a multiple of {MIN_BUCKET_SIZE} between {MIN_BUCKET_SIZE} and {MAX_BUCKET_SIZE}; "
+                f"got {self.bucket_size!r}"
+            )
+        if self.norm not in NORMS:
+            raise CodebookError(f"norm must be one of {', '.join(NORMS)}; got {self.norm!r}")
+        if self.norm_format not in NORM_BYTES:
+            raise CodebookError(f"norm_format must be one of {', '.join(NORM_BYTES)}; got {self.norm_format!r}")
+        if self.is_exact:
+            if self.levels:
+                raise CodebookError(f"an exact codebook ({EXACT_BITS} bits) has no levels; got {len(self.levels)}")
+            return
+        rounded = np.asarray(self.levels, dtype=np.float32)
+        check_levels(rounded, self.bits)
+        object.__setattr__(self, "levels", tuple(float(level) for level in rounded))
+
+    @classmethod
+    def uniform(cls, bits: int, **fields: Any) -> "Codebook":
+        """Codebook with equally spaced levels (QSGD, arXiv 1610.02132)."""
+        return cls(bits=bits, levels=tuple(uniform_levels(bits).tolist()), **fields)
+
+    @classmethod
+    def exponential(cls, bits: int, **fields: Any) -> "Codebook":
+        """Codebook with levels 0, ..., 1/4, 1/2, 1 (NUQSGD, arXiv 1908.06077)."""
+        return cls(bits=bits, levels=tuple(exponential_levels(bits).tolist()), **fields)
+
+    @classmethod
+    def exact(cls, **fields: Any) -> "Codebook":
+        """Codebook of layers that are not quantized: their values travel raw."""
+        return cls(bits=EXACT_BITS, **fields)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether values travel raw."""
+        return self.bits == EXACT_BITS
+
+    @property
+    def format(self) -> CodebookFormat:
+        """The part of the codebook on which message sizes depend."""
+        return CodebookFormat(self.bits, self.bucket_size, self.norm_format)
+
+    @property
+    def digest(self) -> bytes:
+        """Eight bytes that differ when any field differs."""
+        return hashlib.blake2b(json.dumps(self.to_dict(), sort_keys=True).encode(), digest_size=8).digest()
+
+    def with_levels(self, levels: Sequence[float], version: int) -> "Codebook":
+        """The same codebook with other levels, as after an update at step t in U."""
+        return dataclasses.replace(self, levels=tuple(float(level) for level in levels), version=version)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON-able values; `from_dict` restores them exactly."""
+        return {**dataclasses.asdict(self), "levels": list(self.levels)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Codebook":
+        """Codebook from `to_dict`'s result."""
+        return cls(**{**fields, "levels": tuple(fields["levels"])})

@@ -1,0 +1,287 @@
+"""The codec in plain NumPy: the definition that every fast kernel must equal bit for bit.
+
+Read in this order: `bucket_norm`, `rounding_table`, `fixed_point`, `quantize`, `pack`, `unpack`, `decode` and
+`decode_mean`.
+
+Quantizing coordinate v of a bucket with norm N and levels l_0 .. l_s (s = 2^(bits-1) - 1), arXiv 2505.14371 section 3:
+let u = |v| / N lie between l_i and l_{i+1}; the position of u on the scale of level indices is
+y = i + (u - l_i) / (l_{i+1} - l_i). The sent index is floor(y + r) with r uniform in [0, 1), so E[index] = y and
+E[N * sign(v) * l_index] = v. Here y is rounded to nearest in fixed point with F = min(16, 21 - bits) fraction bits
+before r, an F-bit random number, is added; 20 bits in all, four fewer than float32 has, so that the rounding errors of
+the normalisation never move a coordinate off a level on which it lies. The mean is thus exact to 2^-(F+1) of a gap.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qoda_kernels.codebook import ROWS, Codebook
+from qoda_kernels.dither import DitherKey, hash32
+
+Float32Array = npt.NDArray[np.float32]
+UInt32Array = npt.NDArray[np.uint32]
+ByteArray = npt.NDArray[np.uint8]
+
+INFINITY_BITS = 0x7F800000
+NAN_BITS = 0x7FC00000  # the norm word of a bucket with a NaN or an infinity, and what its coordinates decode to
+TINY_NORM = np.float32(2.0**-100)  # below it, 2^F * s / norm could overflow: the bucket is scaled up first
+TINY_SCALE = np.float32(2.0**100)
+L2_LANES = 32
+
+
+def fraction_bits(bits: int) -> int:
+    """Fraction bits F of the fixed-point position of a coordinate between two levels."""
+    return min(16, 21 - bits)
+
+
+def fused_multiply_add(a: Float32Array, x: Float32Array, b: Float32Array) -> Float32Array:
+    """A * x + b rounded once to float32.
+
+    The product of two float32 is exact in float64. The sum is rounded to odd there (by the exact error of the addition,
+    Knuth's two-sum), which makes the second rounding, to float32, the correct one (Boldo and Melquiond, 2008).
+    """
+    product = a.astype(np.float64) * x.astype(np.float64)
+    addend = b.astype(np.float64)
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    is_even = (total.view(np.uint64) & np.uint64(1)) == 0
+    towards = np.where(error > 0, np.inf, -np.inf)
+    return np.where((error != 0) & is_even, np.nextafter(total, towards), total).astype(np.float32)
+
+
+def bucket_norm(bucket: Float32Array, norm: str) -> np.float32:
+    """Norm of one bucket: NaN where a coordinate is not finite, 0 where all are zero.
+
+    "max" is the largest magnitude. "l2" is the Euclidean norm: coordinates are scaled by a power of two so that squares
+    neither overflow nor vanish, lane j of 32 adds the squares of coordinates j, j + 32, ... in order, and the lanes are
+    added as a tree (j with j + 16, then j + 8, ...), which every target can do in the same order.
+    """
+    magnitude = int((bucket.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(initial=0))
+    if magnitude >= INFINITY_BITS:
+        return _float(NAN_BITS)
+    if norm == "max" or magnitude == 0:
+        return _float(magnitude)
+    exponent_field = min(max(254 - (magnitude >> 23), 1), 253)
+    scaled = np.zeros(-(-bucket.size // L2_LANES) * L2_LANES, dtype=np.float32)
+    scaled[: bucket.size] = bucket * _float(exponent_field << 23)
+    lanes = np.zeros(L2_LANES, dtype=np.float32)
+    for row in scaled.reshape(-1, L2_LANES):
+        lanes = lanes + row * row
+    while lanes.size > 1:
+        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+    with np.errstate(over="ignore"):
+        length = np.sqrt(lanes[0]) * _float((254 - exponent_field) << 23)
+    return min(length, np.finfo(np.float32).max)
+
+
+def norm_word(norm: np.float32, norm_format: str) -> int:
+    """Norm as it travels: float32 bits, or bfloat16 bits rounded up so that no coordinate exceeds it."""
+    word = int(np.float32(norm).view(np.uint32))
+    if norm_format == "fp32":
+        return word
+    return NAN_BITS >> 16 if word >= INFINITY_BITS else (word + 0xFFFF) >> 16
+
+
+def norm_of_word(word: int, norm_format: str) -> np.float32:
+    """Norm that the receiver reads; NaN for every word that is not finite."""
+    bits = word if norm_format == "fp32" else word << 16
+    return _float(NAN_BITS if bits >= INFINITY_BITS else bits)
+
+
+@dataclass(frozen=True)
+class RoundingTable:
+    """How a normalised magnitude becomes a fixed-point position, prepared once per codebook.
+
+    Attributes:
+        method: "uniform" (one multiplication), "minimum" (least of s lines, right where gaps do not decrease), or
+            "search" (find the interval, then its line).
+        slopes: float32 [s], 2^F / gap_i.
+        intercepts: float32 [s], 2^F i - slope_i l_i, so that line i passes through (l_i, 2^F i).
+        levels: float32 [s + 1].
+    """
+
+    method: str
+    slopes: Float32Array
+    intercepts: Float32Array
+    levels: Float32Array
+
+
+def rounding_table(codebook: Codebook) -> RoundingTable:
+    """Rounding table of a codebook.
+
+    The least of all lines equals the line of u's own interval when the lines' slopes do not increase, that is when gaps
+    do not decrease: the lines are then the tangents of a concave function.
+    """
+    levels = np.array(codebook.levels, dtype=np.float32)
+    steps = levels.size - 1
+    one = float(1 << fraction_bits(codebook.bits))
+    slopes = (one / np.diff(levels.astype(np.float64))).astype(np.float32)
+    intercepts = (one * np.arange(steps) - slopes.astype(np.float64) * levels[:-1].astype(np.float64)).astype(
+        np.float32
+    )
+    if np.array_equal(levels, (np.arange(steps + 1) / steps).astype(np.float32)):
+        method = "uniform"
+    elif codebook.bits <= 5 and bool(np.all(np.diff(slopes) <= 0)):
+        method = "minimum"
+    else:
+        method = "search"
+    return RoundingTable(method, slopes, intercepts, levels)
+
+
+def fixed_point(bucket: Float32Array, norm: np.float32, table: RoundingTable, bits: int) -> npt.NDArray[np.int32]:
+    """Positions of the coordinates of one bucket on the scale of level indices, times 2^F, rounded to nearest even.
+
+    Args:
+        bucket: float32 [n], finite.
+        norm: as the receiver reads it; positive.
+        table: of the codebook.
+        bits: code width.
+    """
+    magnitudes = np.abs(bucket)
+    if norm < TINY_NORM:
+        magnitudes, norm = magnitudes * TINY_SCALE, norm * TINY_SCALE
+    if table.method == "uniform":
+        scale = np.float32((table.levels.size - 1) << fraction_bits(bits)) / norm
+        return np.rint(magnitudes * scale).astype(np.int32)
+    normalised = magnitudes * (np.float32(1.0) / norm)
+    if table.method == "minimum":
+        position = np.full_like(normalised, np.inf)
+        for slope, intercept in zip(table.slopes, table.intercepts, strict=True):
+            position = np.minimum(position, fused_multiply_add(slope, normalised, intercept))
+    else:
+        index = np.searchsorted(table.levels[1:-1], normalised, side="right")
+        position = fused_multiply_add(table.slopes[index], normalised, table.intercepts[index])
+    return np.rint(position).astype(np.int32)
+
+
+def tile_shape(length: int, lanes: int) -> list[tuple[int, int, int]]:
+    """Tiles of a run of coordinates: (first coordinate, coordinates, lanes) each; only the last can be smaller."""
+    full = ROWS * lanes
+    tiles = [(first, full, lanes) for first in range(0, length - full + 1, full)]
+    tail = length % full
+    return [*tiles, (length - tail, tail, -(-tail // ROWS))] if tail else tiles
+
+
+def dither(length: int, lanes: int, coordinate: int, key: DitherKey) -> UInt32Array:
+    """16 random bits for each coordinate of one bucket (the pairing of rows is `dither.py`'s).
+
+    Args:
+        length: coordinates of the bucket.
+        lanes: of a full tile.
+        coordinate: number of the bucket's first coordinate in the whole model.
+        key: stream of the sender.
+    """
+    random = np.zeros(length, dtype=np.uint32)
+    high, low = divmod(coordinate, 2**32)
+    for first, size, tile_lanes in tile_shape(length, lanes):
+        upper = np.arange(low + first, low + first + ROWS // 2 * tile_lanes, dtype=np.uint64).astype(np.uint32)
+        words = hash32(upper, high, key)
+        both = np.concatenate([words & np.uint32(0xFFFF), words >> np.uint32(16)])
+        random[first : first + size] = both[:size]
+    return random
+
+
+def quantize(
+    values: Float32Array, codebook: Codebook, coordinate: int, key: DitherKey
+) -> tuple[UInt32Array, ByteArray]:
+    """Norm words and codes of one slice.
+
+    Args:
+        values: float32 [n]; float16 and bfloat16 gradients are widened first, which is exact.
+        codebook: not exact.
+        coordinate: number of the slice's first coordinate in the whole model.
+        key: stream of the sender.
+
+    Returns:
+        uint32 [buckets] norm words (the low 16 bits count with bf16 norms) and uint8 [n] codes.
+    """
+    table = rounding_table(codebook)
+    shift = fraction_bits(codebook.bits)
+    top = len(codebook.levels) - 1
+    norms = np.zeros(-(-values.size // codebook.bucket_size), dtype=np.uint32)
+    codes = np.zeros(values.size, dtype=np.uint8)
+    for index in range(norms.size):
+        part = slice(index * codebook.bucket_size, (index + 1) * codebook.bucket_size)
+        bucket = values[part]
+        word = norm_word(bucket_norm(bucket, codebook.norm), codebook.norm_format)
+        norms[index] = word
+        norm = norm_of_word(word, codebook.norm_format)
+        if not norm > 0:
+            continue
+        position = fixed_point(bucket, norm, table, codebook.bits)
+        random = dither(bucket.size, codebook.format.lanes, coordinate + part.start, key) >> np.uint32(16 - shift)
+        level = np.minimum((position + random.astype(np.int32)) >> shift, top)
+        sign = bucket.view(np.uint32) >> np.uint32(31)
+        codes[part] = level.astype(np.uint32) | sign << np.uint32(codebook.bits - 1)
+    return norms, codes
+
+
+def pack(codes: ByteArray, bits: int, lanes: int) -> ByteArray:
+    """Codes in lane-planar bytes (`layout.py` describes them)."""
+    packed = []
+    for first, size, tile_lanes in tile_shape(codes.size, lanes):
+        tile = np.zeros(ROWS * tile_lanes, dtype=np.uint64)
+        tile[:size] = codes[first : first + size]
+        rows = tile.reshape(ROWS, tile_lanes)
+        words = np.zeros(tile_lanes, dtype=np.uint64)
+        for row in range(ROWS):
+            words |= rows[row] << np.uint64(row * bits)
+        packed += [(words >> np.uint64(8 * plane)).astype(np.uint8) for plane in range(bits)]
+    return np.concatenate(packed) if packed else np.zeros(0, dtype=np.uint8)
+
+
+def unpack(packed: ByteArray, length: int, bits: int, lanes: int) -> ByteArray:
+    """Codes from lane-planar bytes: the inverse of `pack`."""
+    codes = np.zeros(length, dtype=np.uint8)
+    mask = np.uint64((1 << bits) - 1)
+    for first, size, tile_lanes in tile_shape(length, lanes):
+        begin = bits * first // ROWS
+        planes = packed[begin : begin + bits * tile_lanes].reshape(bits, tile_lanes).astype(np.uint64)
+        words = np.zeros(tile_lanes, dtype=np.uint64)
+        for plane in range(bits):
+            words |= planes[plane] << np.uint64(8 * plane)
+        rows = [(words >> np.uint64(row * bits)) & mask for row in range(ROWS)]
+        codes[first : first + size] = np.concatenate(rows)[:size].astype(np.uint8)
+    return codes
+
+
+def signed_levels(codebook: Codebook) -> Float32Array:
+    """Level of each code word, float32 [2^bits]: index 0 is zero with either sign bit."""
+    levels = np.array(codebook.levels, dtype=np.float32)
+    return np.concatenate([levels, np.float32(0.0) - levels])
+
+
+def decode(norms: UInt32Array, codes: ByteArray, codebook: Codebook) -> Float32Array:
+    """Values of one slice: norm times level, NaN throughout a bucket whose norm is not finite."""
+    table = signed_levels(codebook)
+    values = np.empty(codes.size, dtype=np.float32)
+    for index, word in enumerate(norms):
+        part = slice(index * codebook.bucket_size, (index + 1) * codebook.bucket_size)
+        norm = norm_of_word(int(word), codebook.norm_format)
+        values[part] = norm * table[codes[part]] if np.isfinite(norm) else norm
+    return values
+
+
+def decode_mean(messages: list[tuple[UInt32Array, ByteArray]], codebook: Codebook, scale: np.float32) -> Float32Array:
+    """Sum of several workers' values in the order given, in float32, times a scale.
+
+    Where any worker's bucket is not finite, the result is the NaN 0x7FC00000 throughout that bucket.
+    """
+    parts = [decode(norms, codes, codebook) for norms, codes in messages]
+    total = parts[0].copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        for part in parts[1:]:
+            total = total + part
+        total = total * scale
+    for norms, _ in messages:
+        for index, word in enumerate(norms):
+            if np.isnan(norm_of_word(int(word), codebook.norm_format)):
+                total[index * codebook.bucket_size : (index + 1) * codebook.bucket_size] = _float(NAN_BITS)
+    return total
+
+
+def _float(bits: int) -> np.float32:
+    """Float32 with these bits."""
+    return np.uint32(bits).view(np.float32)

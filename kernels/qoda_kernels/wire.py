@@ -1,0 +1,137 @@
+"""Wire format, version 1: the header of a message and what is checked on arrival.
+
+    bytes   field              meaning
+    0-3     magic              b"QODA"
+    4-5     version            1
+    6-7     flags              0
+    8-15    digest             BLAKE2b of plan, codebooks, phase, source and destination
+    16-19   registry version   of the codebooks, modulo 2^32
+    20-23   exchange counter   modulo 2^32
+    24-27   payload bytes      everything behind the header
+    28-31   checksum           of the payload
+
+All numbers are unsigned and little-endian. The payload is laid out as `layout.py` says; its size is a multiple of 16.
+With the payload's 32-bit words w_0, w_1, ... the checksum is A + 0x9E3779B97F4A7C15 B, folded to 32 bits by xor of its
+halves, where A = sum of w_i and B = sum of (i + 1) w_i modulo 2^64: it changes with any changed, moved or swapped word.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+from qoda_kernels.errors import WireError
+from qoda_kernels.layout import HEADER_BYTES
+
+MAGIC = b"QODA"
+WIRE_VERSION = 1
+CHECKSUM_MULTIPLIER = 0x9E3779B97F4A7C15
+_HEADER = struct.Struct("<4sHH8sIIII")
+_MASK32 = 0xFFFFFFFF
+assert _HEADER.size == HEADER_BYTES
+
+
+@dataclass(frozen=True)
+class MessageContext:
+    """What identifies one message: part of its header, and of the sender's random key.
+
+    Attributes:
+        seed: the user's seed.
+        counter: number of the exchange, counted over the whole training.
+        rank: the sender's position in its group.
+        phase: 0 for the first quantization, 1 for the second.
+        registry_version: version of the codebooks.
+        source: index of the sender among those whose messages are summed together.
+        destination: index of the share in a reduce-scatter; 0 otherwise.
+    """
+
+    seed: int
+    counter: int
+    rank: int
+    phase: int
+    registry_version: int
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The fields of a message's header that are not constant."""
+
+    digest: bytes
+    registry_version: int
+    counter: int
+    payload_bytes: int
+    checksum: int
+
+    @classmethod
+    def expected(cls, plan_digest: bytes, context: MessageContext, payload_bytes: int, checksum: int) -> "Header":
+        """Header that a message with this context must carry.
+
+        Args:
+            plan_digest: digest of the message plan and its codebooks.
+            context: which message it is.
+            payload_bytes: size of the payload.
+            checksum: of the payload.
+        """
+        identity = struct.pack("<8sIII", plan_digest, context.phase, context.source, context.destination)
+        return cls(
+            hashlib.blake2b(identity, digest_size=8).digest(),
+            context.registry_version & _MASK32,
+            context.counter & _MASK32,
+            payload_bytes,
+            checksum,
+        )
+
+    def pack(self) -> bytes:
+        """The 32 bytes of the header."""
+        return _HEADER.pack(
+            MAGIC, WIRE_VERSION, 0, self.digest, self.registry_version, self.counter, self.payload_bytes, self.checksum
+        )
+
+
+def fold_checksum(word_sum: int, weighted_sum: int) -> int:
+    """Checksum from the payload's two sums modulo 2^64."""
+    total = (word_sum + CHECKSUM_MULTIPLIER * weighted_sum) & (2**64 - 1)
+    return (total ^ (total >> 32)) & _MASK32
+
+
+def check_header(received: bytes, expected: Header, source: int) -> None:
+    """Compare a received header with the expected one.
+
+    Args:
+        received: the message's first 32 bytes.
+        expected: what it must be; its checksum is the one of the received payload.
+        source: the sender, for the error message.
+
+    Raises:
+        WireError: naming the first field that differs.
+    """
+    if received == expected.pack():
+        return
+    magic, version, flags, digest, registry_version, counter, payload_bytes, checksum = _HEADER.unpack(received)
+    pairs = (
+        (magic, MAGIC),
+        (version, WIRE_VERSION),
+        (flags, 0),
+        (payload_bytes, expected.payload_bytes),
+        (counter, expected.counter),
+        (registry_version, expected.registry_version),
+        (digest, expected.digest),
+        (checksum, expected.checksum),
+    )
+    for (name, advice), (value, want) in zip(_FIELDS, pairs, strict=True):
+        if value != want:
+            shown = [v.hex() if isinstance(v, bytes) else v for v in (value, want)]
+            raise WireError(f"message from source {source}: {name} is {shown[0]}, expected {shown[1]}; {advice}")
+
+
+_FIELDS = (
+    ("magic", "the bytes are no message of ours: check that every rank uses the same compression"),
+    ("wire version", "every rank must run the same version of this package"),
+    ("flags", "every rank must run the same version of this package"),
+    ("payload size", "the ranks disagree on the model or on its codebooks"),
+    ("exchange counter", "the ranks are at different exchanges: load the same checkpoint on every rank"),
+    ("registry version", "the ranks updated their levels at different steps: load the same checkpoint on every rank"),
+    ("digest", "the ranks disagree on the plan, the levels, or the order of messages"),
+    ("payload checksum", "the message was damaged on its way"),
+)

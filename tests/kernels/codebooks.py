@@ -1,0 +1,52 @@
+"""Codebooks and gradients that the kernel tests share."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qoda_kernels.codebook import Codebook
+from qoda_kernels.codec import Codec
+from qoda_kernels.layout import MessagePlan, Slice
+from qoda_kernels.wire import MessageContext
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def power_codebook(bits: int, exponent: float, **fields: object) -> Codebook:
+    """Codebook with levels (j / s)^exponent: gaps grow for exponents above 1 and shrink below."""
+    top = 2 ** (bits - 1) - 1
+    return Codebook(bits, tuple(float((j / top) ** exponent) for j in range(top + 1)), **fields)
+
+
+def codebook_for(method: str, bits: int, **fields: object) -> Codebook:
+    """Codebook that the kernels round by a given method ("uniform", "minimum" or "search")."""
+    if method == "uniform":
+        return Codebook.uniform(bits, **fields)
+    return power_codebook(bits, 1.5 if method == "minimum" else 0.7, **fields)
+
+
+def methods_of(bits: int) -> tuple[str, ...]:
+    """Rounding methods that exist at a code width: two bits have one codebook only, wide codes are searched."""
+    if bits == 2:
+        return ("uniform",)
+    return ("uniform", "minimum", "search") if bits <= 5 else ("uniform", "search")
+
+
+def single_slice_plan(
+    length: int, codebook: Codebook, dtype: torch.dtype = torch.float32, start: int = 0, offset: int = 0
+) -> MessagePlan:
+    """Plan of one slice."""
+    return MessagePlan.build([Slice("weight", start, length, dtype, "other", offset)], {"other": codebook})
+
+
+def context(rank: int = 0, **fields: int) -> MessageContext:
+    """Context of a rank's message in an ordinary all-gather."""
+    values = {"seed": 7, "counter": 3, "phase": 0, "registry_version": 0, "source": rank, "destination": 0, **fields}
+    return MessageContext(rank=rank, **values)
+
+
+def round_trip(values: npt.NDArray[np.float32], codebook: Codebook, **fields: int) -> npt.NDArray[np.float32]:
+    """Values of one slice after encoding and decoding by the fast kernels."""
+    codec = Codec(single_slice_plan(values.size, codebook), {"other": codebook})
+    message = codec.encode([torch.from_numpy(values)], context(**fields))
+    return codec.decode_mean([message], [context(**fields)])[0].numpy()

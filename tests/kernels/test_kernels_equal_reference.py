@@ -1,0 +1,134 @@
+"""The Numba CPU kernels give the bits of the NumPy reference."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qoda_kernels import reference
+from qoda_kernels.codebook import Codebook
+from qoda_kernels.codec import Codec
+from qoda_kernels.dither import DitherKey
+from tests.kernels.codebooks import DTYPES, codebook_for, context, methods_of, single_slice_plan
+
+# Every (bits, method) with every dtype once and both tile widths: each combination costs a second of compilation.
+_BUCKETS = {torch.float32: 512, torch.float16: 384, torch.bfloat16: 256}
+VARIANTS = [
+    (bits, method, DTYPES[(bits + index) % 3] if index else torch.float32, (bits + index) % 4 == 0)
+    for bits in range(2, 9)
+    for index, method in enumerate(methods_of(bits))
+] + [(5, "minimum", torch.float16, False), (5, "minimum", torch.bfloat16, True), (8, "uniform", torch.bfloat16, False)]
+
+
+def gradient(length: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Gradient with buckets of very different size, zeros, repeated magnitudes and some non-finite values."""
+    rng = np.random.default_rng(seed)
+    scale = 10.0 ** rng.integers(-30 if dtype != torch.float16 else -5, 4, size=length // 200 + 1)
+    values = rng.standard_normal(length) * np.repeat(scale, 200)[:length]
+    values[rng.random(length) < 0.1] = 0.0
+    values[rng.random(length) < 0.05] = -values[0] if length else 0.0
+    if length and seed % 3 == 0:
+        values[rng.integers(length)] = [np.nan, np.inf, -np.inf][seed % 9 // 3]
+    if length and seed % 5 == 0:
+        values[: length // 3] = 0.0
+    return torch.from_numpy(values.astype(np.float32)).to(dtype)
+
+
+def check_against_reference(length: int, codebook: Codebook, dtype: torch.dtype, coordinate: int, seed: int) -> None:
+    plan = single_slice_plan(length, codebook, dtype, start=coordinate % 97, offset=coordinate)
+    codec = Codec(plan, {"other": codebook})
+    segment = plan.segments[0]
+    contexts = [context(rank) for rank in range(3)]
+    tensors = [gradient(length, dtype, seed + rank) for rank in range(3)]
+    messages = [codec.encode([tensor], where) for tensor, where in zip(tensors, contexts, strict=True)]
+    expected = []
+    for tensor, message, where in zip(tensors, messages, contexts, strict=True):
+        key = DitherKey.derive(where.seed, where.counter, where.rank, where.phase)
+        norms, codes = reference.quantize(tensor.float().numpy(), codebook, segment.slice.coordinate, key)
+        data = message.numpy()
+        norm_words = norms.astype("<u4" if codebook.norm_format == "fp32" else "<u2").view(np.uint8)
+        np.testing.assert_array_equal(data[segment.begin : segment.codes_begin], norm_words)
+        packed = reference.pack(codes, codebook.bits, codebook.format.lanes)
+        np.testing.assert_array_equal(data[segment.codes_begin : segment.codes_begin + segment.codes_bytes], packed)
+        np.testing.assert_array_equal(reference.unpack(packed, length, codebook.bits, codebook.format.lanes), codes)
+        expected.append((norms, codes))
+    mean = codec.decode_mean(messages, contexts)[0]
+    wanted = torch.from_numpy(reference.decode_mean(expected, codebook, np.float32(1 / 3))).to(dtype)
+    same_bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(mean.view(same_bits), wanted.view(same_bits))
+
+
+@pytest.mark.parametrize(("bits", "method", "dtype", "narrow"), VARIANTS)
+def test_every_variant(bits: int, method: str, dtype: torch.dtype, narrow: bool) -> None:
+    bucket_size = 128 if narrow else _BUCKETS[dtype]
+    for index, length in enumerate((0, 1, 7, 8, 255, 256, 511, 512, 513, 1000, 2048, 3071)):
+        norm, norm_format = (("max", "fp32"), ("l2", "bf16"), ("l2", "fp32"), ("max", "bf16"))[index % 4]
+        codebook = codebook_for(method, bits, bucket_size=bucket_size, norm=norm, norm_format=norm_format)
+        assert reference.rounding_table(codebook).method == method
+        check_against_reference(length, codebook, dtype, coordinate=2**32 - 700 * (index % 3), seed=index)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(
+    length=st.integers(0, 20_000),
+    variant=st.sampled_from([v for v in VARIANTS if v[2] == torch.float32]),
+    bucket_units=st.integers(1, 32),
+    norm=st.sampled_from(["max", "l2"]),
+    norm_format=st.sampled_from(["fp32", "bf16"]),
+    coordinate=st.integers(0, 2**48),
+    seed=st.integers(0, 10**6),
+)
+def test_any_layout(
+    length: int,
+    variant: tuple[int, str, torch.dtype, bool],
+    bucket_units: int,
+    norm: str,
+    norm_format: str,
+    coordinate: int,
+    seed: int,
+) -> None:
+    bits, method, dtype, narrow = variant
+    bucket_size = 128 if narrow else 256 * bucket_units
+    codebook = codebook_for(method, bits, bucket_size=bucket_size, norm=norm, norm_format=norm_format)
+    check_against_reference(length, codebook, dtype, coordinate, seed)
+
+
+def test_subnormal_norms_and_half_precision_extremes() -> None:
+    """Norms down to the smallest float32, and every finite float16, are widened and rounded like the reference's."""
+    codebook = Codebook.uniform(4, bucket_size=256)
+    tiny = (np.random.default_rng(0).standard_normal(256) * 40).round().astype(np.float32) * np.float32(2.0**-149)
+    plan = single_slice_plan(256, codebook)
+    codec = Codec(plan, {"other": codebook})
+    decoded = codec.decode_mean([codec.encode([torch.from_numpy(tiny)], context())], [context()])[0]
+    key = DitherKey.derive(7, 3, 0, 0)
+    norms, codes = reference.quantize(tiny, codebook, 0, key)
+    np.testing.assert_array_equal(decoded.numpy(), reference.decode(norms, codes, codebook))
+    assert np.abs(decoded.numpy()).max() > 0
+
+    every_half = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    halves = every_half[torch.isfinite(every_half)].contiguous()
+    for norm_part in (halves, halves[halves.abs() < 2**-13].contiguous()):
+        codec = Codec(single_slice_plan(norm_part.numel(), codebook, torch.float16), {"other": codebook})
+        message = codec.encode([norm_part], context())
+        norms, codes = reference.quantize(norm_part.float().numpy(), codebook, 0, key)
+        segment = codec.plan.segments[0]
+        np.testing.assert_array_equal(message[segment.begin : segment.codes_begin].numpy().view(np.uint32), norms)
+        np.testing.assert_array_equal(
+            message[segment.codes_begin :][: segment.codes_bytes], reference.pack(codes, 4, 32)
+        )
+
+
+def test_fused_multiply_add_of_the_reference_is_correctly_rounded() -> None:
+    from fractions import Fraction
+
+    rng = np.random.default_rng(1)
+    a, x = rng.standard_normal((2, 3000)).astype(np.float32)
+    b = (-(a.astype(np.float64) * x) * (1 + rng.choice([0, 1e-8, 1e-4, 1.0], 3000))).astype(np.float32)
+    found = reference.fused_multiply_add(a, x, b)
+    for index in range(a.size):
+        exact = Fraction(float(a[index])) * Fraction(float(x[index])) + Fraction(float(b[index]))
+        below, above = np.nextafter(found[index], -np.inf), np.nextafter(found[index], np.inf)
+        error = abs(Fraction(float(found[index])) - exact)
+        assert error <= abs(Fraction(float(below)) - exact)
+        assert error <= abs(Fraction(float(above)) - exact)
