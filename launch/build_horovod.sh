@@ -10,7 +10,7 @@ bd359fa17a149c61030e3b64cedd6c7237ddccd1b4f20acc900adda013e60a9a  CMakeLists.txt
 5e5ba9ee3e32ef26b58f0e2af1236098c674b39a8d5825b32942a3173dead6fc  horovod/torch/CMakeLists.txt"
 # Variables that Horovod's build reads, as opposed to those that it reads when it runs.
 readonly BUILD_OPTIONS='^HOROVOD_((WITH|WITHOUT)_[A-Z]+|GPU|GPU_[A-Z]+|CPU_OPERATIONS|CUDA_HOME|ROCM_HOME|NCCL_(HOME|INCLUDE|LIB|LINK)|NVTX_INCLUDE|ALLOW_MIXED_GPU_IMPL|BUILD_[A-Z_]+|DEBUG)='
-readonly PYTHON_NEEDS="torch 'setuptools<81' wheel packaging cffi cloudpickle psutil pyyaml"
+readonly PYTHON_NEEDS=(torch setuptools wheel packaging cffi cloudpickle psutil pyyaml)
 
 usage() {
     cat <<'HELP'
@@ -119,21 +119,19 @@ PY
 }
 
 check_python_packages() {
-    "$PYTHON" - <<'PY' || fail "install in that Python: $PYTHON_NEEDS"
+    local missing
+    missing=$("$PYTHON" - "${PYTHON_NEEDS[@]}" <<'PY'
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-missing = []
-for package in ("pip", "torch", "setuptools", "wheel", "packaging", "cffi", "cloudpickle", "psutil", "pyyaml"):
+for package in sys.argv[1:]:
     try:
         version(package)
     except PackageNotFoundError:
-        missing.append(package)
-if missing:
-    sys.exit(f"{sys.executable} lacks: {', '.join(missing)}")
-if int(version("setuptools").split(".")[0]) >= 81:
-    sys.exit(f"{sys.executable} has setuptools {version('setuptools')}, too new for Horovod")
+        print(package, end=" ")
 PY
+    )
+    [[ -z $missing ]] || fail "'$PYTHON' lacks packages that the build needs; install: $missing"
 }
 
 # --- The cache -------------------------------------------------------------------------------------------------------
@@ -196,7 +194,7 @@ compile() { # SOURCE FOLDER LOG
 
 # Leaves the wheel in the folder WORK, which is removed when the program ends.
 build_wheel() {
-    local source log kept_log
+    local source log
     check_tools
     check_python_headers
     WORK=$(mktemp -d -t hvd-qoda.XXXXXX)
@@ -207,15 +205,22 @@ build_wheel() {
     patch_source "$source"
     say "Building Horovod $HOROVOD_VERSION, which takes some minutes, with: $(build_options | tr '\n' ' ')"
     if [[ $VERBOSE == yes ]]; then log=/dev/stderr; fi
-    if ! compile "$source" "$WORK" "$log"; then
-        if [[ $VERBOSE == no ]]; then
-            kept_log=$(mktemp -t horovod-build.XXXXXX.log)
-            cp "$log" "$kept_log"
-            grep -E -i -m 10 'error' "$log" >&2 || tail -n 20 "$log" >&2
-            say "The whole output is in $kept_log"
+    compile "$source" "$WORK" "$log" || report_failure "$log"
+}
+
+report_failure() { # LOG
+    local kept_log
+    if [[ -f $1 ]]; then
+        kept_log=$(mktemp -t horovod-build.XXXXXX.log)
+        cp "$1" "$kept_log"
+        grep -E -m 3 -A 3 'CMake Error|error:' "$1" >&2 || tail -n 20 "$1" >&2
+        if grep -q 'Could NOT find CUDAToolkit' "$1"; then
+            say "Horovod follows PyTorch, whose build here is for CUDA, and CUDA's headers and libraries are not all there:"
+            say "install CUDA's whole toolkit, or PyTorch's CPU build"
         fi
-        fail "the build failed"
+        say "The whole output is in $kept_log"
     fi
+    fail "the build failed"
 }
 
 main() {
