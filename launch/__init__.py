@@ -1,0 +1,1 @@
+"""Programs that people run; nothing below this directory imports from it."""

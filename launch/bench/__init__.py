@@ -1,0 +1,1 @@
+"""Programs that measure; their tables and plots go to `launch/results`."""

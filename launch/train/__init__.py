@@ -1,0 +1,1 @@
+"""Training programs: the demo, and digit recognition at any model size under Horovod."""

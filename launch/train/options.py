@@ -1,0 +1,199 @@
+"""What a training run is told on its command line: every option, its default and its checks."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.train.data import DIGITS
+from launch.train.models import SIZES, width_of
+
+OPTIMIZERS = ("qoda", "qodadam", "sgd", "adam")
+LEARNING_RATES = {"qoda": 3.0, "qodadam": 1e-3, "sgd": 5e-2, "adam": 1e-3}
+COMPRESSIONS = ("none", "fp16", "qoda")
+LEVELS = ("uniform", "exponential", "adaptive")
+EXCHANGES = ("auto", "allgather", "reduce_scatter")
+WANDB_MODES = ("online", "offline", "disabled")
+
+
+@dataclass(frozen=True)
+class Options:
+    """One training run; the fields are the command line's options."""
+
+    data: str
+    model_size: str
+    epochs: float | None
+    steps: int | None
+    batch_size: int
+    optimizer: str
+    learning_rate: float
+    compression: str
+    bits: int
+    bucket_size: int
+    levels: str
+    exchange: str
+    min_numel: int
+    update_levels_at: tuple[int, ...]
+    update_levels_every: int
+    measure_error_every: int
+    wandb: str
+    wandb_project: str
+    run_dir: Path
+    resume: Path | None
+    checkpoint_every: int
+    threads: int
+    json: Path | None
+    seed: int
+
+    def decides_result(self) -> dict[str, Any]:
+        """The options on which the trained bits depend: what a checkpoint and the run resuming it must share."""
+        free = {"epochs", "steps", "wandb", "wandb_project", "run_dir", "resume", "checkpoint_every", "json"}
+        free |= {"measure_error_every"}
+        if self.compression != "qoda":
+            free |= {"bits", "bucket_size", "levels", "exchange", "min_numel"}
+            free |= {"update_levels_at", "update_levels_every"}
+        elif self.levels != "adaptive":
+            free |= {"update_levels_at", "update_levels_every"}
+        return {key: value for key, value in asdict(self).items() if key not in free}
+
+    def as_json(self) -> dict[str, Any]:
+        """All options as values that JSON can hold."""
+        values = asdict(self)
+        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each option's default, and a description with the line breaks it was written with."""
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def not_negative(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def steps_list(text: str) -> tuple[int, ...]:
+    """Step numbers separated by commas, for argparse; an empty text is an empty list."""
+    steps = tuple(int(part) for part in text.split(",") if part.strip())
+    if any(step < 1 for step in steps) or list(steps) != sorted(set(steps)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rising list of step numbers from 1 on")
+    return steps
+
+
+def _model_size(text: str) -> str:
+    try:
+        width_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _positive_float(text: str) -> float:
+    number = float(text)
+    if not number > 0.0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The command line of one training run."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    task = parser.add_argument_group("task")
+    task.add_argument("--data", default=DIGITS, metavar="DIR", help="directory with the MNIST files, or 'digits'")
+    task.add_argument(
+        "--model-size", type=_model_size, default="medium", help=f"{', '.join(SIZES)}, or a width factor such as 4"
+    )
+    length = task.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=_positive_float, help="passes over the training data (1 if no --steps)")
+    length.add_argument("--steps", type=positive, help="optimizer steps, instead of --epochs")
+    task.add_argument("--batch-size", type=positive, default=64, help="examples per rank and step")
+    task.add_argument("--seed", type=not_negative, default=0, help="of weights, order of data and random rounding")
+
+    optimizer = parser.add_argument_group("optimizer")
+    optimizer.add_argument("--optimizer", choices=OPTIMIZERS, default="qodadam", help="what steps the model")
+    optimizer.add_argument(
+        "--learning-rate",
+        type=_positive_float,
+        help="base learning rate; None: " + ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
+    )
+
+    compression = parser.add_argument_group("compression of gradients")
+    compression.add_argument(
+        "--compression", choices=COMPRESSIONS, default="qoda", help="how gradients travel; none is plain Horovod fp32"
+    )
+    compression.add_argument("--bits", type=int, choices=range(2, 9), default=5, help="bits per coordinate (qoda)")
+    compression.add_argument(
+        "--bucket-size", type=positive, default=512, help="coordinates that share one norm, a multiple of 128 (qoda)"
+    )
+    compression.add_argument("--levels", choices=LEVELS, default="adaptive", help="quantization levels (qoda)")
+    compression.add_argument(
+        "--exchange", choices=EXCHANGES, default="auto", help="which collectives carry the messages (qoda)"
+    )
+    compression.add_argument(
+        "--min-numel",
+        type=not_negative,
+        default=1024,
+        metavar="N",
+        help="tensors of fewer values travel as they are, like biases and norm weights (qoda)",
+    )
+    compression.add_argument(
+        "--update-levels-at",
+        type=steps_list,
+        default=(100, 2000),
+        metavar="STEPS",
+        help="steps, separated by commas, at which adaptive levels are fitted to the gradients",
+    )
+    compression.add_argument(
+        "--update-levels-every",
+        type=not_negative,
+        default=10000,
+        metavar="N",
+        help="fit adaptive levels every N steps too; 0: only at the steps listed",
+    )
+    compression.add_argument(
+        "--measure-error-every",
+        type=not_negative,
+        default=100,
+        metavar="N",
+        help="steps between measurements of the quantization error, which cost a decoding each; 0: never",
+    )
+
+    records = parser.add_argument_group("records")
+    records.add_argument("--run-dir", type=Path, default=Path("runs/mnist"), help="where records and checkpoints go")
+    records.add_argument("--json", type=Path, metavar="PATH", help="write the summary there as well")
+    records.add_argument("--wandb", choices=WANDB_MODES, default="disabled", help="Weights & Biases mode (rank 0 only)")
+    records.add_argument("--wandb-project", default="hvd-qoda", help="Weights & Biases project")
+    records.add_argument(
+        "--checkpoint-every", type=not_negative, default=0, metavar="N", help="steps between checkpoints; 0: none"
+    )
+    records.add_argument(
+        "--resume", type=Path, metavar="PATH", help="go on from this checkpoint, or from a run directory's latest one"
+    )
+    parser.add_argument(
+        "--threads",
+        type=not_negative,
+        default=0,
+        help="torch threads per rank; 0: the host's cores divided by its ranks",
+    )
+    return parser
+
+
+def parse_options(description: str, arguments: Sequence[str] | None = None) -> Options:
+    """Read a training run's options from `arguments` (the process's own if None); leaves with a message if wrong."""
+    values = vars(build_parser(description).parse_args(arguments))
+    if values["learning_rate"] is None:
+        values["learning_rate"] = LEARNING_RATES[values["optimizer"]]
+    if values["epochs"] is None and values["steps"] is None:
+        values["epochs"] = 1.0
+    return Options(**values)

@@ -1,0 +1,145 @@
+"""The examples for several hosts: sound as scripts and as YAML; run with stand-ins for the launchers, and for real."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "launch" / "cluster"
+ON_HOSTS = CLUSTER / "train_on_hosts.sh"
+SLURM = CLUSTER / "slurm.sbatch"
+SHOW = '#!/bin/sh\nprintf "%s\\n" "$@"\n'
+
+
+def run(
+    command: list[str | Path], cwd: Path = ROOT, timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def fake_programs(folder: Path, **contents: str) -> Path:
+    folder.mkdir()
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("script", [ON_HOSTS, SLURM], ids=lambda path: path.name)
+def test_scripts_are_sound(script: Path) -> None:
+    assert run(["bash", "-n", script]).returncode == 0
+    assert os.access(script, os.X_OK)
+    if shutil.which("shellcheck"):
+        outcome = run(["shellcheck", script])
+        assert outcome.returncode == 0, outcome.stdout
+
+
+def test_hosts_are_read_from_the_hostfile(tmp_path: Path) -> None:
+    programs = fake_programs(tmp_path / "bin", horovodrun=SHOW, python=SHOW)
+    outcome = run(
+        [ON_HOSTS, CLUSTER / "hostfile.example", "--bits", "4", "--data", "a folder"],
+        PYTHON=str(programs / "python"),
+        HOROVOD_INTERFACE="eth1",
+        HOROVODRUN_ARGUMENTS="--ssh-port 2222",
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    shown = outcome.stdout.splitlines()
+    assert shown[:7] == ["--gloo", "-np", "4", "-H", "node1:2,node2:2", "--network-interfaces", "eth1"]
+    assert shown[7:9] == ["--ssh-port", "2222"]
+    assert shown[-4:] == ["--bits", "4", "--data", "a folder"]
+    assert Path(shown[-5]) == ROOT / "launch" / "train" / "mnist.py"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("node1\n", "'node1' is not 'NAME slots=RANKS'"),
+        ("node1 slots=0\n", "is not"),
+        ("# nothing\n\n", "names no host"),
+    ],
+)
+def test_a_wrong_hostfile_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text(content)
+    outcome = run([ON_HOSTS, hostfile])
+    assert outcome.returncode == 2
+    assert message in outcome.stderr
+
+
+def test_slurm_starts_as_many_ranks_as_the_job_has(tmp_path: Path) -> None:
+    horovodrun = SHOW
+    scontrol = '#!/bin/sh\ntest "$*" = "show hostnames n[3-4]" && printf "n3\\nn4\\n"\n'
+    programs = fake_programs(tmp_path / "bin", horovodrun=horovodrun, scontrol=scontrol, python=SHOW)
+    outcome = run(
+        [SLURM, "--steps", "9"],
+        cwd=tmp_path,
+        PATH=f"{programs}:{os.environ['PATH']}",
+        PYTHON=str(programs / "python"),
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SLURM_NTASKS_PER_NODE="3",
+        SLURM_CPUS_PER_TASK="4",
+        SLURM_JOB_NODELIST="n[3-4]",
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    shown = outcome.stdout.splitlines()
+    assert shown[:5] == ["--gloo", "-np", "6", "-H", "n3:3,n4:3"]
+    assert shown[-4:] == ["--threads", "4", "--steps", "9"]
+
+
+def test_the_kubernetes_job_is_complete() -> None:
+    job, claim = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v2beta1", "MPIJob")
+    replicas: dict[str, Any] = job["spec"]["mpiReplicaSpecs"]
+    assert set(replicas) == {"Launcher", "Worker"}
+    assert job["spec"]["slotsPerWorker"] == 2
+    for replica in replicas.values():
+        pod = replica["template"]["spec"]
+        mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    (launcher,) = replicas["Launcher"]["template"]["spec"]["containers"]
+    assert (ROOT / launcher["command"][0]).is_file()
+
+
+def test_the_kubernetes_job_gives_options_that_exist() -> None:
+    pytest.importorskip("horovod.torch")
+    from launch.train.options import parse_options
+
+    job = next(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))
+    (launcher,) = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"]
+    hostfile, *arguments = launcher["args"]
+    assert hostfile == "/etc/mpi/hostfile"
+    options = parse_options("", arguments)
+    assert (options.bits, options.checkpoint_every) == (5, 500)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(150)
+def test_training_starts_from_a_hostfile_of_this_machine(tmp_path: Path) -> None:
+    pytest.importorskip("horovod.torch")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# this machine\nlocalhost slots=2\n")
+    arguments = ["--steps", "3", "--compression", "none", "--model-size", "small", "--run-dir", tmp_path / "run"]
+    outcome = run(
+        [ON_HOSTS, hostfile, *arguments],
+        timeout=120,
+        PYTHON=sys.executable,
+        HOROVOD_INTERFACE="lo",
+        OMP_NUM_THREADS="1",
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert (tmp_path / "run" / "summary.json").is_file()
