@@ -156,8 +156,7 @@ class Codec:
             codes[:] = tensor.view(torch.uint8).numpy()
             return
         tables = self._tables[segment.slice.codebook]
-        norm_dtype = np.uint32 if segment.format.norm_bytes == 4 else np.uint16
-        norms = data[segment.begin : segment.codes_begin].view(norm_dtype)
+        norms = data[segment.begin : segment.codes_begin]
         kind = _KINDS[tensor.dtype]
         values = tensor.numpy() if kind == cpu.FLOAT32 else tensor.view(torch.uint16).numpy()
         cpu.quantize(values, kind, tables.codebook, tables.rounding, segment.slice.coordinate, key, norms, codes)

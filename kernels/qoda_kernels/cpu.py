@@ -124,10 +124,10 @@ def _l2_norm(bucket: npt.NDArray[np.float32], largest: np.uint32, lanes: npt.NDA
 
 @_kernel
 def _round_up_to_bfloat16(word: np.uint32) -> np.uint32:
-    """Bfloat16 bits of a non-negative norm, rounded up; NaN for a norm that is not finite."""
+    """A non-negative norm as float32 bits, rounded up to bfloat16; NaN for a norm that is not finite."""
     if word >= _INFINITY:
-        return word32.shift_right(_NAN, np.uint32(16))
-    return word32.shift_right(word32.add(word, _LOW_HALF), np.uint32(16))
+        return _NAN
+    return word32.bit_and(word32.add(word, _LOW_HALF), np.uint32(0xFFFF0000))
 
 
 @_kernel
@@ -147,7 +147,7 @@ def _position(magnitude, multiplier, slopes, intercepts, levels):  # type: ignor
     raise AssertionError("for compiled code only")
 
 
-@overload(_position, jit_options={"error_model": "numpy"})
+@overload(_position, inline="always")
 def _overload_position(magnitude, multiplier, slopes, intercepts, levels):  # type: ignore[no-untyped-def]  # Numba infers
     if isinstance(slopes, types.NoneType):
         return lambda magnitude, multiplier, slopes, intercepts, levels: np.float32(magnitude * multiplier)
@@ -177,6 +177,18 @@ def _code(value, random, multiplier, slopes, intercepts, levels, bits, shift):  
     level = word32.minimum(word32.shift_right(dithered, np.uint32(shift)), np.uint32((1 << (bits - 1)) - 1))
     sign = word32.bit_and(word32.shift_right(word, np.uint32(32 - bits)), np.uint32(1 << (bits - 1)))
     return word32.bit_or(level, sign)
+
+
+@_inline
+def _lane_words(upper_codes, lower_codes, lane, lanes, bits):  # type: ignore[no-untyped-def]  # Numba infers
+    """Codes of one lane's rows 0-3 as one word, and of its rows 4-7 as another."""
+    low = np.uint32(0)
+    high = np.uint32(0)
+    for row in range(ROWS // 2):
+        position = np.uint32(row * bits)
+        low = word32.bit_or(low, word32.shift_left(np.uint32(upper_codes[row * lanes + lane]), position))
+        high = word32.bit_or(high, word32.shift_left(np.uint32(lower_codes[row * lanes + lane]), position))
+    return low, high
 
 
 @_inline
@@ -211,6 +223,7 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
         key_first,
         key_second,
         bucket_size,
+        norm_bytes,
         is_l2,
         slope_table,
         intercept_table,
@@ -218,6 +231,8 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
     ):
         scratch = np.empty(bucket_size, dtype=np.float32)
         sums = np.empty(L2_LANES, dtype=np.float32)
+        upper_codes = np.empty(half, dtype=np.uint8)
+        lower_codes = np.empty(half, dtype=np.uint8)
         if is_uniform:
             slopes = None
             intercepts = None
@@ -230,7 +245,7 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
             slopes = slope_table
             intercepts = intercept_table
             levels = (level_table, halvings)
-        for number in range(norms.size):
+        for number in range(norms.size // norm_bytes):
             begin = number * bucket_size
             given = values[begin : begin + bucket_size]
             packed_bucket = codes[begin // ROWS * bits : (begin + bucket_size) // ROWS * bits]
@@ -249,12 +264,11 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
                 norm_bits = _NAN
             elif is_l2 and norm_bits > 0:
                 norm_bits = _l2_norm(bucket, norm_bits, sums)
-            if norms.itemsize == 2:
-                word = _round_up_to_bfloat16(norm_bits)
-                norms[number] = word
-                norm_bits = word32.shift_left(word, np.uint32(16))
-            else:
-                norms[number] = norm_bits
+            if norm_bytes == 2:
+                norm_bits = _round_up_to_bfloat16(norm_bits)
+            for index in range(norm_bytes):
+                position = np.uint32(8 * (index + 4 - norm_bytes))
+                norms[number * norm_bytes + index] = word32.low_byte(word32.shift_right(norm_bits, position))
             if norm_bits == np.uint32(0) or norm_bits >= _INFINITY:
                 packed_bucket[:] = np.uint8(0)
                 continue
@@ -273,45 +287,41 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
             for tile_number in range(tiles):
                 upper = bucket[tile_number * tile : tile_number * tile + half]
                 lower = bucket[tile_number * tile + half : (tile_number + 1) * tile]
+                weyl = word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), _WEYL)
+                for index in range(half):
+                    random = _hash(word32.add(weyl, word32.multiply(np.uint32(index), _WEYL)), first, key_second)
+                    low_half = word32.bit_and(random, _LOW_HALF)
+                    high_half = word32.shift_right(random, np.uint32(16))
+                    code = _code(upper[index], low_half, multiplier, slopes, intercepts, levels, bits, shift)
+                    upper_codes[index] = word32.low_byte(code)
+                    code = _code(lower[index], high_half, multiplier, slopes, intercepts, levels, bits, shift)
+                    lower_codes[index] = word32.low_byte(code)
                 packed = packed_bucket[tile_number * bits * lanes : (tile_number + 1) * bits * lanes]
-                base = word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), _WEYL)
                 for lane in range(lanes):
-                    low = np.uint32(0)
-                    high = np.uint32(0)
-                    for row in range(ROWS // 2):
-                        weyl = word32.add(base, word32.multiply(np.uint32(row * lanes + lane), _WEYL))
-                        random = _hash(weyl, first, key_second)
-                        low_half = word32.bit_and(random, _LOW_HALF)
-                        high_half = word32.shift_right(random, np.uint32(16))
-                        upper_value = upper[row * lanes + lane]
-                        lower_value = lower[row * lanes + lane]
-                        code = _code(upper_value, low_half, multiplier, slopes, intercepts, levels, bits, shift)
-                        low = word32.bit_or(low, word32.shift_left(code, np.uint32(row * bits)))
-                        code = _code(lower_value, high_half, multiplier, slopes, intercepts, levels, bits, shift)
-                        high = word32.bit_or(high, word32.shift_left(code, np.uint32(row * bits)))
+                    low, high = _lane_words(upper_codes, lower_codes, lane, lanes, bits)
                     for index in range(bits):
                         packed[index * lanes + lane] = _plane(low, high, index, bits)
             rest = bucket.size - tiles * tile
             tail_lanes = (rest + ROWS - 1) // ROWS
+            tail_half = ROWS // 2 * tail_lanes
             tail = bucket[tiles * tile :]
+            upper_codes[:tail_half] = np.uint8(0)
+            lower_codes[:tail_half] = np.uint8(0)
+            weyl = word32.multiply(word32.add(low_place, np.uint32(tiles * tile)), _WEYL)
+            for index in range(min(tail_half, rest)):
+                random = _hash(word32.add(weyl, word32.multiply(np.uint32(index), _WEYL)), first, key_second)
+                low_half = word32.bit_and(random, _LOW_HALF)
+                code = _code(tail[index], low_half, multiplier, slopes, intercepts, levels, bits, shift)
+                upper_codes[index] = word32.low_byte(code)
+                if index + tail_half < rest:
+                    high_half = word32.shift_right(random, np.uint32(16))
+                    code = _code(
+                        tail[index + tail_half], high_half, multiplier, slopes, intercepts, levels, bits, shift
+                    )
+                    lower_codes[index] = word32.low_byte(code)
             packed = packed_bucket[tiles * bits * lanes :]
-            base = word32.multiply(word32.add(low_place, np.uint32(tiles * tile)), _WEYL)
             for lane in range(tail_lanes):
-                low = np.uint32(0)
-                high = np.uint32(0)
-                for row in range(ROWS // 2):
-                    index = row * tail_lanes + lane
-                    weyl = word32.add(base, word32.multiply(np.uint32(index), _WEYL))
-                    random = _hash(weyl, first, key_second)
-                    if index < rest:
-                        low_half = word32.bit_and(random, _LOW_HALF)
-                        code = _code(tail[index], low_half, multiplier, slopes, intercepts, levels, bits, shift)
-                        low = word32.bit_or(low, word32.shift_left(code, np.uint32(row * bits)))
-                    index += ROWS // 2 * tail_lanes
-                    if index < rest:
-                        high_half = word32.shift_right(random, np.uint32(16))
-                        code = _code(tail[index], high_half, multiplier, slopes, intercepts, levels, bits, shift)
-                        high = word32.bit_or(high, word32.shift_left(code, np.uint32(row * bits)))
+                low, high = _lane_words(upper_codes, lower_codes, lane, tail_lanes, bits)
                 for index in range(bits):
                     packed[index * tail_lanes + lane] = _plane(low, high, index, bits)
 
@@ -337,13 +347,13 @@ def _lane_codes(planes, lane, lanes, bits):  # type: ignore[no-untyped-def]  # N
 
 
 @cache
-def slice_decoder(bits: int, lanes: int, norm_bytes: int) -> Callable[..., None]:
+def slice_decoder(bits: int, lanes: int) -> Callable[..., None]:
     """Kernel that decodes one slice of several messages and sums it; see `decode_mean` for its arguments."""
     mask = np.uint32((1 << bits) - 1)
     tile, half = ROWS * lanes, ROWS // 2 * lanes
 
     @_kernel
-    def decode(addresses, norms_begin, codes_begin, codes_bytes, out, bucket_size, table, scale):  # type: ignore[no-untyped-def]  # Numba infers
+    def decode(addresses, norms_begin, codes_begin, codes_bytes, out, bucket_size, norm_bytes, table, scale):  # type: ignore[no-untyped-def]  # Numba infers
         buckets = (out.size + bucket_size - 1) // bucket_size
         for number in range(buckets):
             begin = number * bucket_size
@@ -409,7 +419,7 @@ def quantize(
     table: RoundingTable,
     coordinate: int,
     key: DitherKey,
-    norms: npt.NDArray[Any],
+    norms: npt.NDArray[np.uint8],
     codes: npt.NDArray[np.uint8],
 ) -> None:
     """Quantize and pack one slice.
@@ -421,7 +431,7 @@ def quantize(
         table: its rounding table.
         coordinate: number of the slice's first coordinate in the whole model.
         key: random stream of the sender.
-        norms: uint32 or (bf16 norms) uint16 [buckets], written.
+        norms: uint8, bytes of the norm words, written.
         codes: uint8, exactly the packed size, written.
     """
     encoder = slice_encoder(codebook.bits, codebook.format.lanes, table.method, kind)
@@ -433,6 +443,7 @@ def quantize(
         np.uint32(key.first),
         np.uint32(key.second),
         codebook.bucket_size,
+        codebook.format.norm_bytes,
         codebook.norm == "l2",
         table.slopes,
         table.intercepts,
@@ -462,5 +473,15 @@ def decode_mean(
         scale: factor of the sum.
         out: float32 [n], written.
     """
-    decoder = slice_decoder(codebook.bits, codebook.format.lanes, codebook.format.norm_bytes)
-    decoder(addresses, norms_begin, codes_begin, codes_bytes, out, codebook.bucket_size, levels, scale)
+    decoder = slice_decoder(codebook.bits, codebook.format.lanes)
+    decoder(
+        addresses,
+        norms_begin,
+        codes_begin,
+        codes_bytes,
+        out,
+        codebook.bucket_size,
+        codebook.format.norm_bytes,
+        levels,
+        scale,
+    )

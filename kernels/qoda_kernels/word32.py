@@ -142,10 +142,11 @@ def last_not_above(context: Any, levels: Any, halvings: Any, x: Any) -> tuple[Si
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
         index = ir.Constant(_WORD, 0)
-        for step in range(halvings.count):
-            middle = builder.or_(index, ir.Constant(_WORD, 1 << (halvings.count - 1 - step)))
+        for bit in reversed(range(halvings.count)):
+            middle = builder.or_(index, ir.Constant(_WORD, 1 << bit))
             level = builder.load(builder.gep(data, [builder.zext(middle, ir.IntType(64))]))
-            index = builder.select(builder.fcmp_ordered("<=", level, arguments[2]), middle, index)
+            is_not_above = builder.zext(builder.fcmp_ordered("<=", level, arguments[2]), _WORD)
+            index = builder.or_(index, builder.shl(is_not_above, ir.Constant(_WORD, bit)))
         return index
 
     return types.uint32(levels, halvings, types.float32), generate

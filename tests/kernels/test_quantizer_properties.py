@@ -134,7 +134,7 @@ def test_non_finite_stays_in_its_bucket(
 
 
 def test_l2_norm_neither_overflows_nor_vanishes() -> None:
-    for scale in (1e-44, 1e-38, 1e-25, 1.0, 1e18, 1e30, 3e37):
+    for scale in (1e-44, 1e-38, 1e-25, 1.0, 1e18, 1e30, 1e37):
         values = np.random.default_rng(0).uniform(-1, 1, 500).astype(np.float32) * np.float32(scale)
         wanted = np.linalg.norm(values.astype(np.float64))
         found = float(reference.bucket_norm(values, "l2"))
