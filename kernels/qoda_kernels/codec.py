@@ -1,25 +1,53 @@
 """The codec of one message plan: gradients in, one message out; messages in, their mean out.
 
-Messages and gradients are CPU tensors. Bits equal those of `reference.py`.
+Messages and gradients are CPU tensors. Bits equal those of `reference.py`, for any number of threads.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from qoda_kernels import cpu
-from qoda_kernels.codebook import Codebook
+from qoda_kernels.codebook import ROWS, Codebook
 from qoda_kernels.dither import DitherKey
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Segment
 from qoda_kernels.reference import RoundingTable, rounding_table, signed_levels
 from qoda_kernels.wire import Header, MessageContext, check_header, fold_checksum
+from qoda_kernels.worker_threads import WorkerThreads
 
 _KINDS = {torch.float32: cpu.FLOAT32, torch.float16: cpu.FLOAT16, torch.bfloat16: cpu.BFLOAT16}
+
+
+_SMALLEST_PART = 32_768  # coordinates (or words of a checksum) for which another thread is worth its start
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of whole buckets of one segment: what one thread works on.
+
+    Attributes:
+        segment: index of the segment in the plan.
+        first: first coordinate, in the slice.
+        last: coordinate behind the last one.
+        norms_begin: first byte of the norm words, counted from the message's start.
+        norms_bytes: their size.
+        codes_begin: first byte of the codes or raw values.
+        codes_bytes: their size.
+    """
+
+    segment: int
+    first: int
+    last: int
+    norms_begin: int
+    norms_bytes: int
+    codes_begin: int
+    codes_bytes: int
 
 
 @dataclass(frozen=True)
@@ -34,17 +62,26 @@ class _CodebookTables:
 class Codec:
     """Encodes and decodes the messages of one plan with fixed codebooks; build a new one when levels change."""
 
-    def __init__(self, plan: MessagePlan, codebooks: Mapping[str, Codebook]) -> None:
+    def __init__(
+        self, plan: MessagePlan, codebooks: Mapping[str, Codebook], threads: WorkerThreads | None = None
+    ) -> None:
         """Prepare the tables of the plan's codebooks.
 
         Args:
             plan: layout of the messages.
             codebooks: codebook of each key that the plan names.
+            threads: what runs the kernels; by default the calling thread alone.
 
         Raises:
             PlanError: when a codebook's format is not the one that the plan was laid out for.
         """
         self.plan = plan
+        self._threads = WorkerThreads(1) if threads is None else threads
+        self._parts = [
+            part
+            for index, segment in enumerate(plan.segments)
+            for part in _parts_of(index, segment, self._threads.count)
+        ]
         used = {segment.slice.codebook: codebooks[segment.slice.codebook] for segment in plan.segments}
         for segment in plan.segments:
             found = used[segment.slice.codebook].format
@@ -85,9 +122,8 @@ class Codec:
             raise PlanError(f"the message buffer must be contiguous uint8 [{self.plan.message_bytes}]")
         key = DitherKey.derive(context.seed, context.counter, context.rank, context.phase)
         data = message.numpy()
-        for segment, tensor in zip(self.plan.segments, values, strict=True):
-            self._encode_segment(segment, tensor, key, data)
-        header = Header.expected(self._digest, context, self.plan.payload_bytes, _checksum(data))
+        self._threads.run(lambda part: self._encode_part(part, values, key, data), self._parts)
+        header = Header.expected(self._digest, context, self.plan.payload_bytes, self._checksum(data))
         data[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
         return message
 
@@ -122,11 +158,12 @@ class Codec:
             out = [torch.empty(s.slice.length, dtype=s.slice.dtype) for s in self.plan.segments]
         self._check_tensors(out)
         factor = np.float32(1.0 / len(messages) if scale is None else scale)
-        for segment, result in zip(self.plan.segments, out, strict=True):
-            if segment.format.is_exact:
-                _sum_exact(segment, messages, factor, result)
-            else:
-                self._decode_segment(segment, messages, factor, result)
+        # Kernels write float32; 16-bit results are rounded from it.
+        wide = [torch.empty(r.shape, dtype=torch.float32) if r.dtype.itemsize == 2 else r for r in out]
+        self._threads.run(lambda part: self._decode_part(part, messages, factor, wide), self._parts)
+        for result, found in zip(out, wide, strict=True):
+            if found is not result:
+                result.copy_(found)
         return list(out)
 
     def _check_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -144,22 +181,43 @@ class Codec:
                     f"parameter {wanted.parameter!r} is on {tensor.device}; this codec works on CPU tensors"
                 )
 
-    def _encode_segment(
-        self, segment: Segment, tensor: torch.Tensor, key: DitherKey, data: npt.NDArray[np.uint8]
+    def _encode_part(
+        self, part: _Part, tensors: Sequence[torch.Tensor], key: DitherKey, data: npt.NDArray[np.uint8]
     ) -> None:
-        codes = data[segment.codes_begin : segment.codes_begin + segment.codes_bytes]
+        segment = self.plan.segments[part.segment]
         data[segment.codes_begin + segment.codes_bytes : segment.end] = 0
-        tensor = tensor.detach()
-        if not segment.slice.length:
-            return
+        codes = data[part.codes_begin : part.codes_begin + part.codes_bytes]
+        values = tensors[part.segment].detach()[part.first : part.last]
         if segment.format.is_exact:
-            codes[:] = tensor.view(torch.uint8).numpy()
+            codes[:] = values.view(torch.uint8).numpy()
             return
         tables = self._tables[segment.slice.codebook]
-        norms = data[segment.begin : segment.codes_begin]
-        kind = _KINDS[tensor.dtype]
-        values = tensor.numpy() if kind == cpu.FLOAT32 else tensor.view(torch.uint16).numpy()
-        cpu.quantize(values, kind, tables.codebook, tables.rounding, segment.slice.coordinate, key, norms, codes)
+        kind = _KINDS[values.dtype]
+        array = values.numpy() if kind == cpu.FLOAT32 else values.view(torch.uint16).numpy()
+        norms = data[part.norms_begin : part.norms_begin + part.norms_bytes]
+        coordinate = segment.slice.coordinate + part.first
+        cpu.quantize(array, kind, tables.codebook, tables.rounding, coordinate, key, norms, codes)
+
+    def _decode_part(
+        self, part: _Part, messages: Sequence[torch.Tensor], factor: np.float32, results: Sequence[torch.Tensor]
+    ) -> None:
+        segment = self.plan.segments[part.segment]
+        result = results[part.segment].detach()[part.first : part.last]
+        if segment.format.is_exact:
+            _sum_exact(part, messages, factor, segment.slice.dtype, result)
+            return
+        tables = self._tables[segment.slice.codebook]
+        addresses = np.array([message.data_ptr() for message in messages], dtype=np.uint64)
+        cpu.decode_mean(
+            addresses,
+            part.norms_begin,
+            part.codes_begin,
+            part.codes_bytes,
+            tables.codebook,
+            tables.signed_levels,
+            factor,
+            result.numpy(),
+        )
 
     def _check_message(self, message: torch.Tensor, context: MessageContext) -> None:
         source = context.source
@@ -171,41 +229,50 @@ class Codec:
         if message.device.type != "cpu" or not message.is_contiguous():
             raise WireError(f"message from source {source} must be a contiguous CPU tensor")
         data = message.numpy()
-        expected = Header.expected(self._digest, context, self.plan.payload_bytes, _checksum(data))
+        expected = Header.expected(self._digest, context, self.plan.payload_bytes, self._checksum(data))
         check_header(data[:HEADER_BYTES].tobytes(), expected, source)
 
-    def _decode_segment(
-        self, segment: Segment, messages: Sequence[torch.Tensor], factor: np.float32, result: torch.Tensor
-    ) -> None:
-        tables = self._tables[segment.slice.codebook]
-        addresses = np.array([message.data_ptr() for message in messages], dtype=np.uint64)
-        target = result if result.dtype == torch.float32 else torch.empty(result.shape, dtype=torch.float32)
-        cpu.decode_mean(
-            addresses,
-            segment.begin,
-            segment.codes_begin,
-            segment.codes_bytes,
-            tables.codebook,
-            tables.signed_levels,
-            factor,
-            target.detach().numpy(),
-        )
-        if target is not result:
-            result.copy_(target)
+    def _checksum(self, message: npt.NDArray[np.uint8]) -> int:
+        """Checksum of a message's payload."""
+        words = message[HEADER_BYTES:].view(np.uint32)
+        sums: list[tuple[int, int]] = []
+
+        def add(bounds: tuple[int, int]) -> None:
+            total, weighted = cpu.word_sums(words[bounds[0] : bounds[1]], bounds[0] + 1)
+            sums.append((int(total), int(weighted)))
+
+        pieces = min(self._threads.count, 1 + words.size // _SMALLEST_PART)
+        cuts = [words.size * index // pieces for index in range(pieces + 1)]
+        self._threads.run(add, list(pairwise(cuts)))
+        return fold_checksum(sum(total for total, _ in sums), sum(weighted for _, weighted in sums))
 
 
-def _sum_exact(segment: Segment, messages: Sequence[torch.Tensor], factor: np.float32, result: torch.Tensor) -> None:
-    """Sum of an exact slice over the messages, in rank order, in float32 (float64 for float64 slices)."""
-    wide = torch.float64 if result.dtype == torch.float64 else torch.float32
-    begin, end = segment.codes_begin, segment.codes_begin + segment.codes_bytes
-    parts = [message[begin:end].clone().view(result.dtype).to(wide) for message in messages]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+def _parts_of(index: int, segment: Segment, threads: int) -> list[_Part]:
+    """A segment cut into one run of whole buckets per thread, or fewer where it is small; none where it is empty."""
+    length, bucket_size = segment.slice.length, segment.format.bucket_size
+    if segment.format.is_exact:
+        return [_Part(index, 0, length, segment.begin, 0, segment.codes_begin, segment.codes_bytes)] if length else []
+    count = min(threads, segment.buckets, 1 + length // _SMALLEST_PART)
+    cuts = [segment.buckets * number // count for number in range(count + 1)] if count else []
+    bucket_codes = bucket_size // ROWS * segment.format.bits
+    parts = []
+    for begin, end in pairwise(cuts):
+        norms_begin = segment.begin + begin * segment.format.norm_bytes
+        codes_begin = segment.codes_begin + begin * bucket_codes
+        codes_end = min(segment.codes_begin + end * bucket_codes, segment.codes_begin + segment.codes_bytes)
+        first, last = begin * bucket_size, min(end * bucket_size, length)
+        norms_bytes = (end - begin) * segment.format.norm_bytes
+        parts.append(_Part(index, first, last, norms_begin, norms_bytes, codes_begin, codes_end - codes_begin))
+    return parts
+
+
+def _sum_exact(
+    part: _Part, messages: Sequence[torch.Tensor], factor: np.float32, dtype: torch.dtype, result: torch.Tensor
+) -> None:
+    """Sum of an exact slice over the messages, in rank order, in the precision of the result."""
+    end = part.codes_begin + part.codes_bytes
+    values = [message[part.codes_begin : end].clone().view(dtype).to(result.dtype) for message in messages]
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
     result.copy_(total * float(factor))
-
-
-def _checksum(message: npt.NDArray[np.uint8]) -> int:
-    """Checksum of a message's payload."""
-    word_sum, weighted_sum = cpu.word_sums(message[HEADER_BYTES:].view(np.uint32))
-    return fold_checksum(int(word_sum), int(weighted_sum))

@@ -131,14 +131,14 @@ def _round_up_to_bfloat16(word: np.uint32) -> np.uint32:
 
 
 @_kernel
-def word_sums(words: npt.NDArray[np.uint32]) -> tuple[np.uint64, np.uint64]:
-    """Sum of all 32-bit words, and sum weighted by position (from 1), modulo 2^64 (`wire.py`)."""
+def word_sums(words: npt.NDArray[np.uint32], first: int) -> tuple[np.uint64, np.uint64]:
+    """Sum of 32-bit words, and sum weighted by their positions first, first + 1, ..., modulo 2^64 (`wire.py`)."""
     total = np.uint64(0)
     weighted = np.uint64(0)
     for index in range(words.size):
         word = np.uint64(words[index])
         total += word
-        weighted += np.uint64(index + 1) * word
+        weighted += np.uint64(index + first) * word
     return total, weighted
 
 

@@ -11,6 +11,7 @@ from qoda_kernels.codec import Codec
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Slice
 from qoda_kernels.wire import WIRE_VERSION
+from qoda_kernels.worker_threads import WorkerThreads
 from tests.kernels.codebooks import context, single_slice_plan
 
 CODEBOOKS = {"convolution": Codebook.uniform(5), "output": Codebook.exponential(3), "bias": Codebook.exact()}
@@ -67,6 +68,18 @@ def test_every_rank_decodes_the_same_bits_and_buffers_are_reused() -> None:
     again = codec.encode(values[0], contexts[0], out=moved[1])
     assert again is moved[1]
     assert torch.equal(again, messages[0])
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_any_number_of_threads_gives_the_same_bits(count: int) -> None:
+    codec, values = several_segments()
+    several = Codec(codec.plan, CODEBOOKS, WorkerThreads(count))
+    contexts = [context(rank) for rank in range(3)]
+    messages = [codec.encode(tensors, where) for tensors, where in zip(values, contexts, strict=True)]
+    for tensors, where, message in zip(values, contexts, messages, strict=True):
+        assert torch.equal(several.encode(tensors, where), message)
+    for one, other in zip(codec.decode_mean(messages, contexts), several.decode_mean(messages, contexts), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_dither_differs_between_ranks_phases_and_exchanges() -> None:
