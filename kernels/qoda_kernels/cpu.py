@@ -157,10 +157,9 @@ def _overload_position(magnitude, multiplier, slopes, intercepts, levels):  # ty
         )
 
     def search(magnitude, multiplier, slopes, intercepts, levels):  # type: ignore[no-untyped-def]  # Numba infers
-        level_table, halvings = levels
+        table, halvings, last = levels
         normalised = np.float32(magnitude * multiplier)
-        index = word32.last_not_above(level_table, halvings, normalised)
-        index = word32.minimum(index, np.uint32(slopes.size - 1))
+        index = word32.minimum(word32.last_not_above(table, halvings, normalised), last)
         return word32.fused_multiply_add(word32.element(slopes, index), normalised, word32.element(intercepts, index))
 
     return search
@@ -231,8 +230,9 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
     ):
         scratch = np.empty(bucket_size, dtype=np.float32)
         sums = np.empty(L2_LANES, dtype=np.float32)
-        upper_codes = np.empty(half, dtype=np.uint8)
-        lower_codes = np.empty(half, dtype=np.uint8)
+        tile_codes = carray(word32.private_bytes(), (tile,), np.uint8)
+        upper_codes = tile_codes[:half]
+        lower_codes = tile_codes[half:]
         if is_uniform:
             slopes = None
             intercepts = None
@@ -242,9 +242,9 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
             intercepts = to_fixed_tuple(intercept_table, steps)
             levels = None
         else:
-            slopes = slope_table
-            intercepts = intercept_table
-            levels = (level_table, halvings)
+            slopes = word32.private_table(slope_table)
+            intercepts = word32.private_table(intercept_table)
+            levels = (word32.private_table(level_table), halvings, np.uint32(steps - 1))
         for number in range(norms.size // norm_bytes):
             begin = number * bucket_size
             given = values[begin : begin + bucket_size]
@@ -353,7 +353,9 @@ def slice_decoder(bits: int, lanes: int) -> Callable[..., None]:
     tile, half = ROWS * lanes, ROWS // 2 * lanes
 
     @_kernel
-    def decode(addresses, norms_begin, codes_begin, codes_bytes, out, bucket_size, norm_bytes, table, scale):  # type: ignore[no-untyped-def]  # Numba infers
+    def decode(addresses, norms_begin, codes_begin, codes_bytes, out, bucket_size, norm_bytes, levels, scale):  # type: ignore[no-untyped-def]  # Numba infers
+        table = word32.private_table(levels)
+        tile_codes = carray(word32.private_bytes(), (tile,), np.uint8)
         buckets = (out.size + bucket_size - 1) // bucket_size
         for number in range(buckets):
             begin = number * bucket_size
@@ -377,18 +379,18 @@ def slice_decoder(bits: int, lanes: int) -> Callable[..., None]:
                 tiles = bucket.size // tile
                 for tile_number in range(tiles):
                     planes = codes[tile_number * bits * lanes : (tile_number + 1) * bits * lanes]
-                    upper = bucket[tile_number * tile : tile_number * tile + half]
-                    lower = bucket[tile_number * tile + half : (tile_number + 1) * tile]
                     for lane in range(lanes):
                         low, high = _lane_codes(planes, lane, lanes, bits)
                         for row in range(ROWS // 2):
-                            place = row * lanes + lane
-                            code = word32.bit_and(word32.shift_right(low, np.uint32(row * bits)), mask)
-                            level = word32.element(table, code)
-                            upper[place] = np.float32(upper[place] + np.float32(norm * level))
-                            code = word32.bit_and(word32.shift_right(high, np.uint32(row * bits)), mask)
-                            level = word32.element(table, code)
-                            lower[place] = np.float32(lower[place] + np.float32(norm * level))
+                            position = np.uint32(row * bits)
+                            code = word32.bit_and(word32.shift_right(low, position), mask)
+                            tile_codes[row * lanes + lane] = word32.low_byte(code)
+                            code = word32.bit_and(word32.shift_right(high, position), mask)
+                            tile_codes[half + row * lanes + lane] = word32.low_byte(code)
+                    values = bucket[tile_number * tile : (tile_number + 1) * tile]
+                    for index in range(tile):
+                        level = word32.element(table, np.uint32(tile_codes[index]))
+                        values[index] = np.float32(values[index] + np.float32(norm * level))
                 rest = bucket.size - tiles * tile
                 tail_lanes = (rest + ROWS - 1) // ROWS
                 tail = bucket[tiles * tile :]

@@ -9,6 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
@@ -121,30 +122,58 @@ def least_line(context: Any, slopes: Any, intercepts: Any, x: Any) -> tuple[Sign
 
 
 @intrinsic
-def element(context: Any, array: Any, index: Any) -> tuple[Signature, Callable[..., Any]]:
-    """array[index] of a contiguous float32 array, for a uint32 index that is known to lie inside."""
+def private_table(context: Any, array: Any) -> tuple[Signature, Callable[..., Any]]:
+    """A copy, on the stack, of a contiguous float32 array of at most 256 elements.
+
+    The compiler then knows that no store can change it, without which loops that look values up are not vectorised.
+    Valid until the calling kernel returns.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.load(builder.gep(data, [builder.zext(arguments[1], ir.IntType(64))]))
+        source = context.make_array(signature.args[0])(context, builder, arguments[0])
+        zero = ir.Constant(_WORD, 0)
+        copy = builder.gep(cgutils.alloca_once(builder, ir.ArrayType(_FLOAT, 256)), [zero, zero])
+        with cgutils.for_range(builder, builder.extract_value(source.shape, 0)) as loop:
+            builder.store(builder.load(builder.gep(source.data, [loop.index])), builder.gep(copy, [loop.index]))
+        return copy
 
-    return types.float32(array, types.uint32), generate
+    return types.CPointer(types.float32)(array), generate
+
+
+@intrinsic
+def private_bytes(context: Any) -> tuple[Signature, Callable[..., Any]]:
+    """256 bytes on the stack, for `numba.carray`; valid until the calling kernel returns."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        zero = ir.Constant(_WORD, 0)
+        return builder.gep(cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), 256)), [zero, zero])
+
+    return types.CPointer(types.uint8)(), generate
+
+
+@intrinsic
+def element(context: Any, table: Any, index: Any) -> tuple[Signature, Callable[..., Any]]:
+    """table[index] of a `private_table`, for a uint32 index that is known to lie inside."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(builder.gep(arguments[0], [builder.zext(arguments[1], ir.IntType(64))]))
+
+    return types.float32(table, types.uint32), generate
 
 
 @intrinsic
 def last_not_above(context: Any, levels: Any, halvings: Any, x: Any) -> tuple[Signature, Callable[..., Any]]:
     """Largest index i, as uint32, with levels[i] <= x, by bisection without branches.
 
-    levels is a contiguous float32 array of 2^k elements, the first of them not above x; halvings is any tuple of
-    length k, which tells the compiler how often to halve.
+    levels is a `private_table` of 2^k elements, the first of them not above x; halvings is any tuple of length k, which
+    tells the compiler how often to halve.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
         index = ir.Constant(_WORD, 0)
         for bit in reversed(range(halvings.count)):
             middle = builder.or_(index, ir.Constant(_WORD, 1 << bit))
-            level = builder.load(builder.gep(data, [builder.zext(middle, ir.IntType(64))]))
+            level = builder.load(builder.gep(arguments[0], [builder.zext(middle, ir.IntType(64))]))
             is_not_above = builder.zext(builder.fcmp_ordered("<=", level, arguments[2]), _WORD)
             index = builder.or_(index, builder.shl(is_not_above, ir.Constant(_WORD, bit)))
         return index
