@@ -7,6 +7,7 @@ start from the same weights and see the same batches. Writes every run's scores 
 """
 
 import argparse
+import math
 import shlex
 import statistics
 import sys
@@ -46,14 +47,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="runs of each kind")
     parser.add_argument("--seed", type=not_negative, default=0, help="the first of the seeds; the others follow it")
     parser.add_argument("--np", type=positive, default=2, metavar="N", dest="ranks", help="ranks of each run")
-    parser.add_argument("--steps", type=positive, default=600, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=positive, default=400, help="optimizer steps of each run")
     parser.add_argument("--batch-size", type=positive, default=64, help="examples per rank and step")
     parser.add_argument("--bits", type=int, choices=range(2, 9), default=5, help="bits of the compressed runs")
     parser.add_argument("--levels", choices=LEVELS, default="adaptive", help="their quantization levels")
     parser.add_argument(
         "--update-levels-at",
         type=steps_list,
-        default=(20, 200),
+        default=(20, 150),
         metavar="STEPS",
         help="when adaptive levels are fitted",
     )
@@ -116,6 +117,24 @@ def judge(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, 
     return verdicts
 
 
+def paired_differences(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Per case and score: mean over the seeds of its difference from QODAdam with fp32, and that mean's standard error.
+
+    Runs of one seed share weights and batches, so these differences scatter less than the scores themselves.
+    """
+    result: dict[str, dict[str, dict[str, float | None]]] = {}
+    for name in runs:
+        result[name] = {}
+        for score in _SCORES[:3]:
+            pairs = zip(runs[name], runs[FP32], strict=True)
+            differences = [float(one[score]) - float(other[score]) for one, other in pairs]
+            error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+            result[name][score] = {"mean": statistics.fmean(differences), "standard_error": error}
+    return result
+
+
 def table(result: Mapping[str, Any]) -> Table:
     """The comparison as it is printed."""
     drawn = Table(title=result["title"], caption="mean ± standard deviation (least .. largest) over the seeds")
@@ -139,6 +158,15 @@ def _range(values: Mapping[str, float], form: str) -> str:
     return f"{mean} ± {spread} ({least} .. {largest})"
 
 
+def _described(differences: Mapping[str, Mapping[str, float | None]]) -> str:
+    parts = []
+    for score, difference in differences.items():
+        error = difference["standard_error"]
+        spread = "" if error is None else f" ± {error:.5f}"
+        parts.append(f"{score} {difference['mean']:+.5f}{spread}")
+    return ", ".join(parts)
+
+
 def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run every case with every seed; returns what is written as JSON."""
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
@@ -160,6 +188,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             case.name: {"options": list(case.options), "scores": scores[case.name], "runs": runs[case.name]}
             for case in cases(arguments)
         },
+        "differences_from_qodadam_fp32": paired_differences(runs),
         "verdicts": judge(scores),
     }
 
@@ -182,6 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_everywhere((scores,), result)
     draw_scores(picture, result["title"], {name: case["runs"] for name, case in result["cases"].items()}, FP32)
     console.print(table(result))
+    for name, differences in result["differences_from_qodadam_fp32"].items():
+        if name != FP32:
+            console.print(f"{name}, minus {FP32}, seed by seed: {_described(differences)}")
     for verdict, holds in result["verdicts"].items():
         console.print(f"{'yes' if holds else 'NO '}  {verdict}")
     console.print(f"scores {scores}\nplot   {picture}")

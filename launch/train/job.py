@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 15.0
 _TAIL_LINES = 40
 _LOOPBACK = "lo"
+_FROM_RANK = re.compile(r"\[\d+\]<std(out|err)>:")
 
 
 class JobError(RuntimeError):
@@ -149,8 +151,10 @@ def _new_records(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def _failure(job: Job, log: Path, what: str) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-    quoted = "\n".join(f"  | {line}" for line in lines) or "  | (no output)"
+    lines = log.read_text(errors="replace").splitlines()
+    # horovodrun prefixes what ranks print; what it adds itself after a failure is a long traceback of its own.
+    shown = [line for line in lines if _FROM_RANK.match(line)] or lines
+    quoted = "\n".join(f"  | {line}" for line in shown[-_TAIL_LINES:]) or "  | (no output)"
     return f"{' '.join(job.command())}\n{what}. The end of its output ({log}):\n{quoted}"
 
 

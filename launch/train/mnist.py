@@ -42,11 +42,22 @@ def make_telemetry(options: Options, ranks: Ranks) -> Telemetry:
     return Telemetry(sinks, rank=ranks.rank, config={**options.as_json(), "ranks": ranks.size})
 
 
-def summarise(training: Training, threads: int, started_at: int) -> dict[str, Any]:
-    """The run's summary, with this rank's records; a collective call: every rank must make it."""
+def final_scores(training: Training) -> dict[str, float]:
+    """Loss and accuracy at the end, equal on all ranks; a collective call: every rank must make it."""
+    test = evaluate(training.model, training.dataset.test, training.ranks, "test")
+    examples = training.dataset.train.first(_TRAIN_LOSS_EXAMPLES)
+    fitted = evaluate(training.model, examples, training.ranks, "train")
+    return {
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "train_loss": fitted.loss,
+        "train_accuracy": fitted.accuracy,
+    }
+
+
+def summarise(training: Training, scores: dict[str, float], threads: int, started_at: int) -> dict[str, Any]:
+    """The run's summary, with this rank's records; a collective call."""
     options, ranks, dataset = training.options, training.ranks, training.dataset
-    test = evaluate(training.model, dataset.test, ranks, "test")
-    fitted = evaluate(training.model, dataset.train.first(_TRAIN_LOSS_EXAMPLES), ranks, "train")
     identical = replicas_identical(training.model, ranks)
     summary: dict[str, Any] = {
         "command": shlex.join(sys.argv),
@@ -57,10 +68,7 @@ def summarise(training: Training, threads: int, started_at: int) -> dict[str, An
         "parameters": parameter_count(training.model),
         "steps": training.steps,
         "started_at_step": started_at,
-        "test_accuracy": test.accuracy,
-        "test_loss": test.loss,
-        "train_loss": fitted.loss,
-        "train_accuracy": fitted.accuracy,
+        **scores,
         "replicas_identical": identical,
         "model_sha256": parameters_digest(training.model).hex(),
     }
@@ -97,7 +105,15 @@ def run(options: Options) -> int:
         done = restore(training, options.resume) if options.resume else 0
         with reporter("training", training.steps, done, visible=ranks.is_first) as progress:
             train(training, done, progress)
-    summary = summarise(training, threads, done)
+        scores = final_scores(training)
+        telemetry.log(
+            step=training.steps,
+            test_accuracy=scores["test_accuracy"],
+            test_loss=scores["test_loss"],
+            train_accuracy=scores["train_accuracy"],
+            train_loss=scores["train_loss"],
+        )
+    summary = summarise(training, scores, threads, done)
     if ranks.is_first:
         write_everywhere((options.run_dir / SUMMARY_FILE, options.json), summary)
         print(

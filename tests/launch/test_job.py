@@ -32,7 +32,7 @@ if rank == 0:
     (run_dir / "{SUMMARY_FILE}").write_text(json.dumps({{"ranks": int(os.environ["HOROVOD_SIZE"])}}))
 """
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 
 def job(tmp_path: Path, body: str, timeout_seconds: float = 60.0) -> Job:
@@ -57,15 +57,16 @@ def test_records_are_handed_on_and_the_summary_returned(tmp_path: Path) -> None:
 
 def test_a_failing_rank_is_reported_with_its_output(tmp_path: Path) -> None:
     body = "if rank == 1: raise RuntimeError('the reason')\ntime.sleep(60)"
-    with pytest.raises(JobError, match=r"(?s)ended with exit status.*the reason"):
+    with pytest.raises(JobError, match=r"(?s)ended with exit status.*the reason") as caught:
         run_job(job(tmp_path, body))
+    assert "horovod/runner" not in str(caught.value), "horovodrun's own traceback hides the rank's"
     assert living(tmp_path / "run") == []
 
 
 def test_a_run_that_takes_too_long_is_ended_and_reported(tmp_path: Path) -> None:
     body = "print('still at it', flush=True)\ntime.sleep(600)"
-    with pytest.raises(JobError, match=r"(?s)did not end within 8 s.*still at it"):
-        run_job(job(tmp_path, body, timeout_seconds=8.0))
+    with pytest.raises(JobError, match=r"(?s)did not end within 15 s.*still at it"):
+        run_job(job(tmp_path, body, timeout_seconds=15.0))
     assert living(tmp_path / "run") == []
 
 
@@ -77,7 +78,7 @@ def test_all_processes_end_when_the_demo_is_interrupted(tmp_path: Path, number: 
         demo = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             steps = run_dir / "fp32" / STEPS_FILE
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 150
             while not (steps.is_file() and steps.stat().st_size > 4000):
                 assert demo.poll() is None, (tmp_path / "output").read_text()
                 assert time.monotonic() < deadline, (run_dir / "fp32" / LOG_FILE).read_text()

@@ -1,0 +1,86 @@
+"""The comparison over seeds: its statistics, its verdicts, and the whole program with two steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("horovod.torch")
+
+from launch.bench.convergence import (
+    ADAM,
+    ALL_GATHER,
+    FP32,
+    REDUCE_SCATTER,
+    judge,
+    paired_differences,
+    statistics_of,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def runs(losses: list[float], accuracies: list[float]) -> list[dict[str, Any]]:
+    return [
+        {"train_loss": loss, "test_loss": 2 * loss, "test_accuracy": accuracy, "bytes_sent_per_step": 100.0}
+        for loss, accuracy in zip(losses, accuracies, strict=True)
+    ]
+
+
+def four_cases() -> dict[str, list[dict[str, Any]]]:
+    return {
+        ADAM: runs([0.2, 0.4], [0.90, 0.92]),
+        FP32: runs([0.1, 0.3], [0.91, 0.91]),
+        ALL_GATHER: runs([0.25, 0.35], [0.9, 0.9]),
+        REDUCE_SCATTER: runs([0.25, 0.37], [0.9, 0.9]),
+    }
+
+
+def test_mean_spread_and_range() -> None:
+    scores = statistics_of(runs([1.0, 2.0, 6.0], [0.5, 0.5, 0.8]))
+    assert scores["train_loss"]["mean"] == pytest.approx(3.0)
+    assert scores["train_loss"]["std"] == pytest.approx(7.0**0.5)
+    assert (scores["test_accuracy"]["min"], scores["test_accuracy"]["max"]) == (0.5, 0.8)
+    assert statistics_of(runs([1.0], [0.5]))["train_loss"]["std"] == 0.0
+
+
+def test_a_mean_loss_above_the_range_of_fp32_is_noticed() -> None:
+    verdicts = judge({name: statistics_of(of_case) for name, of_case in four_cases().items()})
+    assert verdicts[f"{ALL_GATHER}: mean train_loss is not above the range of fp32"]
+    assert not verdicts[f"{REDUCE_SCATTER}: mean train_loss is not above the range of fp32"]
+    assert verdicts["QODAdam's mean test accuracy is at least Adam's"]
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    differences = paired_differences(four_cases())
+    assert differences[FP32]["train_loss"] == {"mean": 0.0, "standard_error": 0.0}
+    assert differences[ADAM]["train_loss"]["mean"] == pytest.approx(0.1)
+    assert differences[ADAM]["train_loss"]["standard_error"] == pytest.approx(0.0)
+    assert differences[ALL_GATHER]["train_loss"]["standard_error"] == pytest.approx(0.05)
+    one_seed = {name: of_case[:1] for name, of_case in four_cases().items()}
+    assert paired_differences(one_seed)[ADAM]["train_loss"]["standard_error"] is None
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_the_program_writes_scores_and_picture(tmp_path: Path) -> None:
+    arguments = ["--seeds", "1", "--steps", "2", "--update-levels-at", "2", "--run-dir", str(tmp_path / "runs")]
+    arguments += ["--json", str(tmp_path / "scores.json"), "--plot", str(tmp_path / "scores.png")]
+    outcome = subprocess.run(
+        [sys.executable, "launch/bench/convergence.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert list(result["cases"]) == [ADAM, FP32, ALL_GATHER, REDUCE_SCATTER]
+    for case in result["cases"].values():
+        assert [run["seed"] for run in case["runs"]] == [0]
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert "QODAdam, reduce-scatter" in outcome.stdout
