@@ -200,7 +200,8 @@ class QodaConfig(_Model):
       Default 1024.
     - `measure_error_every`: steps between measurements of the quantization error, 0 for never. Default 100.
     - `worker_norms`: whether the squared norms that QODA with `sum_over="workers"` needs are exchanged. Default false.
-    - `timeout_s`: seconds to wait for other ranks before `ExchangeTimeoutError`. Default 20.
+    - `timeout_s`: seconds to wait for other ranks before `ExchangeTimeoutError`. Default 300: a rank may evaluate or
+      save a checkpoint between two steps.
 
     Raises:
         ConfigError: naming every key that is unknown or has an impossible value.
@@ -223,7 +224,7 @@ class QodaConfig(_Model):
     min_numel: _Count = DEFAULT_MIN_NUMEL
     measure_error_every: _Count = 100
     worker_norms: bool = False
-    timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 20.0
+    timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 300.0
 
     def __init__(self, **values: Any) -> None:
         try:
