@@ -15,9 +15,6 @@ from launch.train.options import Options
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.registry import CodebookRegistry, ParameterEntry
 
-# The first step compiles the kernels, in which the ranks of a busy machine may differ by more than the default allows.
-_TIMEOUT_S = 120.0
-
 
 @dataclass(frozen=True)
 class GradientPath:
@@ -70,7 +67,6 @@ def gradient_path(options: Options, model: nn.Module, telemetry: Telemetry) -> G
             min_numel=options.min_numel,
             measure_error_every=options.measure_error_every,
             seed=options.seed,
-            timeout_s=_TIMEOUT_S,
             update_levels={"at": options.update_levels_at, "every": options.update_levels_every or None},
         )
     )
