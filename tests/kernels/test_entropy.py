@@ -7,17 +7,19 @@ import json
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qoda_kernels import bit_streams, cpu, entropy, entropy_reference, reference
+from qoda_kernels import bit_streams, entropy, entropy_reference, reference
 from qoda_kernels.ans import AnsCode
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.dither import DitherKey
+from qoda_kernels.codec import Codec
 from qoda_kernels.errors import CodebookError, PlanError, WireError
 from qoda_kernels.levels import Distribution, Moments, minimum_variance_levels, uniform_levels
 from qoda_kernels.prefix_codes import MAX_WORD_BITS, PrefixCode, elias_gamma_word, huffman_code, huffman_lengths
 from qoda_kernels.statistics import HistogramStatistics
+from tests.kernels.codebooks import context, single_slice_plan
 
 BITS = range(2, 9)
 ByteArray = npt.NDArray[np.uint8]
@@ -427,12 +429,11 @@ class TestLengths:
 
 
 def quantized(values: npt.NDArray[np.float32], codebook: Codebook) -> ByteArray:
-    """Lane-planar codes of values, a multiple of 512 of them."""
-    norms = np.empty(values.size // 512 * 4, dtype=np.uint8)
-    packed = np.empty(values.size // 8 * codebook.bits, dtype=np.uint8)
-    table = reference.rounding_table(codebook)
-    cpu.quantize(values, cpu.FLOAT32, codebook, table, 0, DitherKey.derive(1, 2, 0, 0), norms, packed)
-    return packed
+    """Lane-planar codes of values."""
+    plan = single_slice_plan(values.size, codebook)
+    message = Codec(plan, {"other": codebook}).encode([torch.from_numpy(values)], context())
+    segment = plan.segments[0]
+    return message.numpy()[segment.codes_begin : segment.codes_begin + segment.codes_bytes]
 
 
 class TestProtocols:
