@@ -5,8 +5,8 @@ Quantizes gradients of three distributions (bucket size 512, maximum norm) with 
 levels of minimum variance, then codes the packed codes. Huffman and ANS use the level counts of another gradient of the
 same distribution, as a training step uses those of earlier steps; Elias gamma uses none. zstd (level 1) is timed where
 the package zstandard is installed, ANS where constriction is. Speeds are CPU time of one thread, in 10^9 bytes of the
-fp32 gradient per second, best of the rounds; norms are not counted. In the alternating protocol the gradient is one of three
-types of equal size.
+fp32 gradient per second, best of the rounds; norms are not counted. In the alternating protocol the gradient is one of
+three types of equal size.
 """
 
 import argparse
