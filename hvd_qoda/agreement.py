@@ -28,13 +28,13 @@ def check_agreement(transport: Transport, description: Mapping[str, Any], name: 
 
     Args:
         transport: the ranks.
-        description: JSON-able values; mappings may be nested.
+        description: JSON-able values; mappings may be nested. Differences are named in this order.
         name: of the collectives, the same on every rank and in every version of this package.
 
     Raises:
         RankMismatchError: on every rank, naming what differs and the ranks, if any two descriptions differ.
     """
-    text = json.dumps(description, sort_keys=True, separators=(",", ":")).encode()
+    text = json.dumps(description, separators=(",", ":")).encode()
     summary = _SUMMARY.pack(hashlib.blake2b(text, digest_size=_DIGEST_BYTES).digest(), len(text))
     summaries = all_gather_bytes(transport, summary, [_SUMMARY.size] * transport.size, f"{name}.digest")
     if all(other == summary for other in summaries):

@@ -8,7 +8,6 @@ counted, neither for compressed nor for plain gradients.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 __all__ = ["Traffic", "TrafficMeter", "all_gather_bytes", "all_reduce_bytes", "all_to_all_bytes"]
 
@@ -56,8 +55,8 @@ class Traffic:
     calls: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sent", MappingProxyType(dict(self.sent)))
-        object.__setattr__(self, "calls", MappingProxyType(dict(self.calls)))
+        object.__setattr__(self, "sent", dict(self.sent))
+        object.__setattr__(self, "calls", dict(self.calls))
 
     @property
     def sent_bytes(self) -> int:

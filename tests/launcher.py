@@ -7,7 +7,7 @@ Several checks share one set of processes, because starting a rank takes seconds
 
 `check_something(3, bits=5)` runs in every rank, after `horovod.torch.init()`. It must be a top-level function of a
 module (a test file will do); arguments and results travel by pickle. An exception in any rank raises `RankError` in the
-caller, with every rank's traceback. A rank that does not answer in time is stopped, with all others, and `RankError`
+caller, with the ranks' tracebacks. A rank that does not answer in time is stopped, with all others, and `RankError`
 shows where each of them was. After an error the pool starts new processes for the next call.
 
 `run_ranks(function, size, ...)` is a pool for one call. `horovodrun(["python", "x.py"], size)` runs a whole program
@@ -33,11 +33,11 @@ from functools import partial
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 90.0
-DEFAULT_TIMEOUT_S = 60.0
+DEFAULT_TIMEOUT_S = 120.0
 _TRACEBACK_GRACE_S = 1.0
 
 
@@ -86,7 +86,9 @@ class RankPool:
         """
         outcomes = self.outcomes(function, *args, timeout=timeout, **kwargs)
         if any(outcome.error for outcome in outcomes):
-            raise RankError("\n".join(f"--- rank {k}: {o.error or 'ok'}\n{o.report}" for k, o in enumerate(outcomes)))
+            lines = [f"rank {k}: {o.error or 'ok'}" for k, o in enumerate(outcomes)]
+            reports = dict.fromkeys(o.report for o in outcomes if o.error)  # equal ones once
+            raise RankError("\n".join([*lines, *reports]))
         return [outcome.value for outcome in outcomes]
 
     def outcomes(
@@ -152,16 +154,16 @@ class RankPool:
         while waiting:
             answered = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not answered:
-                self._give_up(f"{what}: ranks {sorted(waiting.values())} did not finish in time")
+                self._give_up(f"{what}: ranks {sorted(waiting.values())} did not finish in time", outcomes)
             for connection in answered:
                 number = waiting.pop(connection)
                 try:
                     outcomes[number] = pickle.loads(connection.recv_bytes())
                 except EOFError:
-                    self._give_up(f"{what}: rank {number} died")
+                    self._give_up(f"{what}: rank {number} died", outcomes)
         return [outcomes[k] for k in range(self.size)]
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str, outcomes: Mapping[int, Outcome]) -> NoReturn:
         for rank in self._ranks:
             rank.show_stack()
         time.sleep(_TRACEBACK_GRACE_S)
@@ -169,7 +171,8 @@ class RankPool:
             rank.stop(grace_s=0.0)
         logs = "\n".join(f"--- rank {k}\n{rank.log()}" for k, rank in enumerate(self._ranks))
         self.close()
-        raise RankError(f"{reason}\n{logs}")
+        answers = "\n".join(f"rank {k}: {o.error or 'ok'}\n{o.report}" for k, o in outcomes.items())
+        raise RankError(f"{reason}\n{answers}\n{logs}")
 
 
 class _Rank:
@@ -198,7 +201,7 @@ class _Rank:
             self._process.wait()
         self.connection.close()
 
-    def log(self, limit: int = 6000) -> str:
+    def log(self, limit: int = 4000) -> str:
         """The end of what the rank has printed."""
         self._log.seek(0)
         return self._log.read().decode(errors="replace")[-limit:]
@@ -270,7 +273,6 @@ def _serve(connection: Connection) -> None:
         connection.send_bytes(pickle.dumps(outcome))
         while call := connection.recv_bytes():
             path, name, args, kwargs = pickle.loads(call)
-            print(f"--- {name}")
             outcome = _attempt(partial(_call, modules, path, name, args, kwargs))
             connection.send_bytes(pickle.dumps(outcome))
     import horovod.torch as hvd

@@ -1,0 +1,173 @@
+"""Saving and resuming: the bits of an uninterrupted run; Horovod's elastic state; what is refused."""
+
+import copy
+import io
+import json
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+
+from hvd_qoda.errors import ConfigError, QodaError, RankMismatchError, RegistryError
+from tests.horovod.training import bits_of, loss_of, make_model, make_optimizer, make_qoda, train
+from tests.launcher import RankPool
+
+UPDATES = {"at": (4, 9), "every": None, "samples": 3}
+
+
+def new_run(scheme: str, **keywords: Any) -> tuple[Any, Any, Any]:
+    model = make_model()
+    compressor = make_qoda(model, exchange=scheme, update_levels=UPDATES, **keywords)
+    return model, compressor, make_optimizer(model, compressor, torch.optim.Adam, lr=0.01)
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def resumed(scheme: str, cut: int, worker_norms: bool, own_state: bool) -> None:
+    """Eleven steps at once, and eleven in two runs: the same parameters, levels and norms."""
+    keywords = {"worker_norms": worker_norms}
+    model, compressor, optimizer = new_run(scheme, **keywords)
+    train(model, optimizer, range(11))
+    expected = (bits_of(model.parameters()), compressor.registry.digest, compressor.step)
+    norms = compressor.worker_norms() if worker_norms else None
+
+    model, compressor, optimizer = new_run(scheme, **keywords)
+    train(model, optimizer, range(cut))
+    state = through_a_file(compressor.state_dict())
+    parameters, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    if not own_state:
+        state = hvd.broadcast_object(state, root_rank=0)  # rank 0's checkpoint serves all
+
+    model, compressor, optimizer = new_run(scheme, **keywords)
+    train(model, optimizer, range(1))  # a used compressor forgets what it was doing
+    model.load_state_dict(parameters)
+    optimizer.load_state_dict(moments)
+    compressor.load_state_dict(state)
+    train(model, optimizer, range(cut, 11))
+    assert (bits_of(model.parameters()), compressor.registry.digest, compressor.step) == expected
+    if worker_norms:
+        assert compressor.worker_norms() == norms
+
+
+@pytest.mark.parametrize("scheme", ["allgather", "reduce_scatter"])
+@pytest.mark.parametrize("cut", [2, 5])  # among samples for an update, and between updates
+def test_resume_is_exact(two_ranks: RankPool, scheme: str, cut: int) -> None:
+    two_ranks.run(resumed, scheme, cut, worker_norms=False, own_state=False)
+
+
+@pytest.mark.parametrize("scheme", ["allgather", "reduce_scatter"])
+def test_resume_is_exact_with_worker_norms_from_each_ranks_own_state(two_ranks: RankPool, scheme: str) -> None:
+    two_ranks.run(resumed, scheme, 5, worker_norms=True, own_state=True)
+
+
+def state_is_shared_plain_data() -> str:
+    model, compressor, optimizer = new_run("auto")
+    train(model, optimizer, range(3))
+    return json.dumps(compressor.state_dict(), sort_keys=True)
+
+
+def test_state_is_json_and_equal_on_all_ranks(four_ranks: RankPool) -> None:
+    states = four_ranks.run(state_is_shared_plain_data)
+    assert all(state == states[0] for state in states)
+    state = json.loads(states[0])
+    assert (state["step"], state["rank_private"]) == (3, None)
+    assert state["levels"]["merged"]
+
+
+def of_another_rank() -> None:
+    model, compressor, optimizer = new_run("auto", worker_norms=True)
+    train(model, optimizer, range(2))
+    before = compressor.worker_norms()
+    state = hvd.broadcast_object(compressor.state_dict(), root_rank=0)
+    if hvd.rank() == 0:
+        compressor.load_state_dict(state)
+    else:
+        with pytest.raises(RankMismatchError, match=r"position 0 of 2 ranks and is loaded at position 1.*rank_private"):
+            compressor.load_state_dict(state)
+    state["rank_private"] = None
+    compressor.load_state_dict(state)
+    with pytest.raises(QodaError, match="no exchange has finished"):
+        compressor.worker_norms()
+    train(model, optimizer, [0])
+    after = compressor.worker_norms()
+    assert after.squared_changes == after.squared_norms  # the vectors before count as zero
+    assert before.squared_changes != before.squared_norms
+
+
+def test_private_state_of_another_rank_is_refused(two_ranks: RankPool) -> None:
+    two_ranks.run(of_another_rank)
+
+
+def impossible_states() -> None:
+    model, compressor, optimizer = new_run("auto")
+    train(model, optimizer, range(2))
+    state = compressor.state_dict()
+    with pytest.raises(ConfigError, match="format"):
+        compressor.load_state_dict({})
+    with pytest.raises(RegistryError, match="another model or configuration"):
+        make_qoda(make_model(width=50)).load_state_dict(state)
+    loss_of(model, 3).backward()
+    with pytest.raises(QodaError, match="within a step"):
+        compressor.state_dict()
+    optimizer.step()
+    compressor.state_dict()
+
+
+def test_impossible_states_are_named(two_ranks: RankPool) -> None:
+    two_ranks.run(impossible_states)
+
+
+def elastic() -> list[bytes]:
+    """TorchState keeps the compressor: back after a failure within a step, and rank 0's after a change of ranks."""
+    model, compressor, optimizer = new_run("reduce_scatter", worker_norms=True)
+    state = hvd.elastic.TorchState(model=model, optimizer=optimizer, compression=compressor, batch=0)
+    assert state.compression is compressor
+    state.sync()
+    train(model, optimizer, range(3))
+    state.save()
+    train(model, optimizer, range(3, 5))
+    expected = bits_of(model.parameters())
+    # Steps 3 and 4 again, after a failure in the middle of a third.
+    loss_of(model, 5).backward()
+    state.restore()
+    hvd.barrier()
+    assert compressor.step == 3
+    train(model, optimizer, range(3, 5))
+    assert bits_of(model.parameters()) == expected
+    if hvd.rank() == 1:  # a new rank knows nothing
+        compressor.load_state_dict({**make_qoda(make_model(), update_levels=UPDATES).state_dict()})
+        assert compressor.step == 0
+    state.sync()
+    assert compressor.step == 5
+    train(model, optimizer, range(5, 7))
+    return bits_of(model.parameters())
+
+
+def test_elastic_state_saves_restores_and_synchronizes_the_compressor(two_ranks: RankPool) -> None:
+    results = two_ranks.run(elastic)
+    assert results[0] == results[1]
+
+
+def disagreeing_checkpoints() -> str:
+    model, compressor, optimizer = new_run("auto")
+    train(model, optimizer, range(2))
+    early = compressor.state_dict()
+    train(model, optimizer, range(2, 5))
+    late = compressor.state_dict()
+    compressor.load_state_dict(late if hvd.rank() == 1 else early)
+    with pytest.raises(RankMismatchError) as caught:
+        loss_of(model, 5).backward()
+    return str(caught.value)
+
+
+def test_ranks_that_resume_from_different_checkpoints_find_out(two_ranks: RankPool) -> None:
+    for message in two_ranks.run(disagreeing_checkpoints):
+        assert "step: 2 on rank 0, 5 on rank 1" in message
+        assert "registry version: 0 on rank 0, 1 on rank 1" in message
