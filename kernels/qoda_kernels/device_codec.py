@@ -1,0 +1,396 @@
+"""The codec of one message plan for CUDA tensors: one launch a message, one launch a mean.
+
+Same bytes and same bits as `codec.Codec`, without a host synchronisation and without an allocation per step: a message
+that is damaged or not the expected one turns the whole result into NaN at once, and into a `WireError` at the next
+call. Addresses of tensors are kept in a table on the device that is sent again only when one changes.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qoda_kernels.codebook import Codebook
+from qoda_kernels.codec import Codec
+from qoda_kernels.device_tables import (
+    COUNTER_WORD,
+    PLAN,
+    SENDER,
+    STATUS,
+    STEP,
+    WORKSPACE,
+    PlanTables,
+)
+from qoda_kernels.dither import DitherKey
+from qoda_kernels.errors import PlanError, WireError
+from qoda_kernels.layout import MessagePlan
+from qoda_kernels.wire import Header, MessageContext, check_header
+
+_LOG = logging.getLogger(__name__)
+_BLOCKS_PER_MULTIPROCESSOR = 4
+_MASK32 = 0xFFFFFFFF
+
+
+class DeviceRuntime(Protocol):
+    """What the codec needs of a device."""
+
+    device: torch.device
+
+    def upload(self, array: npt.NDArray[Any], out: torch.Tensor | None = None) -> torch.Tensor:
+        """Bytes of an array as a uint8 tensor on the device, in stream order; `out` is written if given."""
+        ...
+
+    def host_visible(self, size: int) -> torch.Tensor:
+        """Zeroed uint8 tensor of the host that kernels can write by its address."""
+        ...
+
+    def launch(self, name: str, blocks: int, shared_bytes: int, arguments: tuple[int | float, ...]) -> None:
+        """Start a kernel of `cuda.SIGNATURES`, in stream order."""
+        ...
+
+    def is_capturing(self) -> bool:
+        """Whether launches are being recorded into a CUDA graph."""
+        ...
+
+    @property
+    def multiprocessors(self) -> int:
+        """Number of multiprocessors."""
+        ...
+
+
+class CudaRuntime:
+    """A CUDA device, used on torch's current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def upload(self, array: npt.NDArray[Any], out: torch.Tensor | None = None) -> torch.Tensor:
+        """Bytes of an array as a tensor on the device.
+
+        A copy from pageable memory has read it when the call returns, so the array may be changed at once.
+        """
+        source = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        target = torch.empty(source.shape, dtype=torch.uint8, device=self.device) if out is None else out
+        return target.copy_(source, non_blocking=True)
+
+    def host_visible(self, size: int) -> torch.Tensor:
+        """Zeroed page-locked memory, which has the same address on the device."""
+        return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+
+    def launch(self, name: str, blocks: int, shared_bytes: int, arguments: tuple[int | float, ...]) -> None:
+        """Start a kernel on torch's current stream."""
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _configured(name, self.device.index, blocks, stream, shared_bytes)(*arguments)
+
+    def is_capturing(self) -> bool:
+        """Whether torch's current stream is being captured."""
+        return torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def _configured(name: str, device_index: int, blocks: int, stream: int, shared_bytes: int) -> Any:
+    """A kernel with its launch configuration, compiled at first use on a device."""
+    from numba import cuda as numba_cuda
+
+    from qoda_kernels import cuda as kernels
+
+    handle = numba_cuda.external_stream(stream) if stream else numba_cuda.default_stream()
+    return _compiled(name, device_index)[blocks, kernels.THREADS, handle, shared_bytes]
+
+
+@cache
+def _compiled(name: str, device_index: int) -> Any:
+    from numba import cuda as numba_cuda
+
+    from qoda_kernels import cuda as kernels
+
+    begin = time.perf_counter()
+    function, signature = kernels.SIGNATURES[name]
+    _LOG.info("compiling CUDA kernel %s for device %d (once; kept on disk)", name, device_index)
+    kernel = numba_cuda.jit(signature, cache=True)(function)
+    _LOG.info("CUDA kernel %s is ready after %.1f s", name, time.perf_counter() - begin)
+    return kernel
+
+
+class _AddressTable:
+    """Addresses of a sequence of tensors, on the device."""
+
+    def __init__(self, runtime: DeviceRuntime, count: int) -> None:
+        self._runtime = runtime
+        self._addresses: list[int] = []
+        self._tensors: tuple[torch.Tensor, ...] | None = None
+        self._table = runtime.upload(np.zeros(max(count, 1), dtype=np.uint64))
+        self.address = self._table.data_ptr()
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether this very tuple was put in last: then nothing needs to be looked at again."""
+        return tensors is self._tensors
+
+    def put(self, tensors: Sequence[torch.Tensor], used: Sequence[int]) -> None:
+        """Send the addresses of the tensors with the numbers `used`, where any differs from the last time."""
+        addresses = [tensors[index].data_ptr() for index in used]
+        if addresses != self._addresses:
+            _refuse_capture(self._runtime)
+            self._runtime.upload(np.array(addresses, dtype=np.uint64), self._table[: 8 * len(addresses)])
+            self._addresses = addresses
+        self._tensors = tensors if isinstance(tensors, tuple) else None
+
+
+def _refuse_capture(runtime: DeviceRuntime) -> None:
+    if runtime.is_capturing():
+        raise PlanError(
+            "tensors or contexts of a captured call must be those of an earlier call outside the capture: call it once "
+            "with the same arguments before"
+        )
+
+
+class DeviceCodec(Codec):
+    """Encodes and decodes the messages of one plan on a CUDA device.
+
+    Calls return before the device is done and are in order on torch's current stream; use one stream at a time. A tuple
+    of tensors that was passed before is not looked at again: pass the same tuple in each step to save the host's time.
+
+    Calls can be captured in a CUDA graph after one call with the same tensors outside the capture. A captured call
+    takes key and counter from the device: call `stage` with the step's context before each replay.
+    """
+
+    def __init__(
+        self,
+        plan: MessagePlan,
+        codebooks: Mapping[str, Codebook],
+        device: torch.device,
+        runtime: DeviceRuntime | None = None,
+    ) -> None:
+        """Prepare the tables of the plan and its codebooks on a device.
+
+        Args:
+            plan: layout of the messages.
+            codebooks: codebook of each key that the plan names.
+            device: where the tensors are.
+            runtime: how to use the device; by default through Numba.
+
+        Raises:
+            PlanError: when a codebook's format is not the one that the plan was laid out for, or the codebooks do not
+                fit into shared memory.
+        """
+        super().__init__(plan, codebooks)
+        from qoda_kernels.cuda import CHECK_BYTES, THREADS
+
+        self._runtime = runtime or CudaRuntime(device)
+        self._host_tables = tables = PlanTables.build(plan, codebooks)
+        self._device_tables = [self._runtime.upload(part) for part in (tables.segments, tables.rounding, tables.levels)]
+        self._workspace = self._runtime.upload(np.zeros(1, dtype=WORKSPACE))
+        self._status_memory = self._runtime.host_visible(STATUS.itemsize)
+        self._status = self._status_memory.numpy().view(STATUS)
+        self._step = self._runtime.upload(np.zeros(1, dtype=STEP))
+        self._values = _AddressTable(self._runtime, len(tables.indices))
+        self._results = _AddressTable(self._runtime, len(tables.indices))
+        self._headers: dict[tuple[int, ...], torch.Tensor] = {}
+        self._senders: torch.Tensor | None = None
+        self._totals: torch.Tensor | None = None
+        self._senders_key: tuple[tuple[int, ...], ...] = ()
+        self._pieces = -(-plan.payload_bytes // CHECK_BYTES)
+        self._warps = THREADS // 32
+        self._plan_record = self._runtime.upload(self._describe_plan(0))
+
+    def encode(
+        self, values: Sequence[torch.Tensor], context: MessageContext, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Encode one tensor per segment into one message.
+
+        Args:
+            values: contiguous 1-D tensors on the device with the slices' dtypes and lengths.
+            context: identifies the message and selects the random numbers.
+            out: uint8 [message_bytes] on the device to write into; a new tensor by default.
+
+        Returns:
+            uint8 [message_bytes].
+
+        Raises:
+            PlanError: when the tensors do not fit the plan.
+            WireError: when an earlier `decode_mean` met a damaged or unexpected message.
+        """
+        self.check()
+        if not self._values.holds(values):
+            self._check_tensors(values)
+            self._values.put(values, self._host_tables.indices)
+        message = self._new(self.plan.message_bytes, torch.uint8) if out is None else out
+        self._check_message_buffer(message, PlanError)
+        key = DitherKey.derive(context.seed, context.counter, context.rank, context.phase)
+        arguments = (
+            self._plan_record.data_ptr(),
+            self._header(context).data_ptr(),
+            self._values.address,
+            message.data_ptr(),
+            self._step_address(),
+            key.first,
+            key.second,
+            context.counter & _MASK32,
+        )
+        self._runtime.launch("encode", self._blocks(0), 4 * self._host_tables.rounding.size, arguments)
+        return message
+
+    def decode_mean(
+        self,
+        messages: Sequence[torch.Tensor],
+        contexts: Sequence[MessageContext],
+        out: Sequence[torch.Tensor] | None = None,
+        scale: float | None = None,
+    ) -> list[torch.Tensor]:
+        """Decode several messages of the plan and combine them: sum in the order given, in float32, times a scale.
+
+        Where a message is damaged or not the expected one, all results are NaN, and the next call raises.
+
+        Args:
+            messages: contiguous uint8 tensors [message_bytes] on the device, 16-byte aligned, one per sender.
+            contexts: what each message must be; seed and rank are not needed to decode.
+            out: contiguous 1-D tensors with the slices' dtypes and lengths to write into; new ones by default.
+            scale: factor of the sum; by default 1 / number of messages.
+
+        Raises:
+            WireError: when an earlier call met a damaged or unexpected message.
+            PlanError: when messages or `out` do not fit the plan.
+        """
+        self.check()
+        if not messages or len(messages) != len(contexts):
+            raise PlanError(
+                f"{len(messages)} messages and {len(contexts)} contexts; there must be one context a message"
+            )
+        if out is None:
+            out = tuple(self._new(s.slice.length, s.slice.dtype) for s in self.plan.segments)
+        if not self._results.holds(out):
+            self._check_tensors(out)
+            self._results.put(out, self._host_tables.indices)
+        self._place_senders(messages, contexts)
+        assert self._senders is not None
+        arguments = (
+            self._plan_record.data_ptr(),
+            self._senders.data_ptr(),
+            len(messages),
+            self._results.address,
+            self._step_address(),
+            contexts[0].counter & _MASK32,
+            float(np.float32(1.0 / len(messages) if scale is None else scale)),
+            self._pieces,
+        )
+        shared_bytes = 4 * self._host_tables.levels.size
+        self._runtime.launch("decode_mean", self._blocks(self._pieces * len(messages)), shared_bytes, arguments)
+        return list(out)
+
+    def check(self) -> None:
+        """Raise if a message decoded so far was refused; later launches need not be done. Clears the refusal.
+
+        Raises:
+            WireError: naming the first field that differs.
+        """
+        record = self._status[0]
+        if not record["refused"]:
+            return
+        sender = int(record["sender"])
+        received, expected = record["received"].tobytes(), record["expected"].tobytes()
+        record["refused"] = 0
+        words = np.frombuffer(expected, dtype="<u4")
+        header = Header(expected[8:16], *(int(word) for word in words[4:8]))
+        source = self._senders_key[sender][2] if sender < len(self._senders_key) else sender
+        check_header(received, header, source)
+
+    def stage(self, context: MessageContext) -> None:
+        """Give the context's key and counter to the calls of a CUDA graph that will be replayed next."""
+        key = DitherKey.derive(context.seed, context.counter, context.rank, context.phase)
+        step = np.array([(key.first, key.second, context.counter & _MASK32, 0)], dtype=STEP)
+        self._runtime.upload(step, self._step)
+
+    def _describe_plan(self, totals: int) -> npt.NDArray[np.void]:
+        tables = self._host_tables
+        record = np.zeros(1, dtype=PLAN)
+        record["segments"], record["rounding"], record["levels"] = (part.data_ptr() for part in self._device_tables)
+        record["workspace"], record["status"] = self._workspace.data_ptr(), self._status_memory.data_ptr()
+        record["totals"] = totals
+        record["segment_count"], record["units"] = len(tables.indices), tables.units
+        record["rounding_floats"], record["level_floats"] = tables.rounding.size, tables.levels.size
+        record["payload_bytes"] = self.plan.payload_bytes
+        return record
+
+    def _header(self, context: MessageContext) -> torch.Tensor:
+        """The header of a context without counter and checksum, on the device."""
+        key = (context.registry_version, context.phase, context.source, context.destination)
+        if key not in self._headers:
+            _refuse_capture(self._runtime)
+            self._headers[key] = self._runtime.upload(self._header_words(context, 0))
+        return self._headers[key]
+
+    def _header_words(self, context: MessageContext, counter: int) -> npt.NDArray[np.uint32]:
+        header = Header.expected(self._digest, context, self.plan.payload_bytes, 0)
+        words = np.frombuffer(header.pack(), dtype="<u4").copy()
+        words[COUNTER_WORD] = counter & _MASK32
+        return words
+
+    def _place_senders(self, messages: Sequence[torch.Tensor], contexts: Sequence[MessageContext]) -> None:
+        """Send what is expected of whom to the device, where it differs from the last time."""
+        first = contexts[0].counter
+        key = tuple(
+            (m.data_ptr(), c.phase, c.source, c.destination, c.registry_version, c.counter - first)
+            for m, c in zip(messages, contexts, strict=True)
+        )
+        if key == self._senders_key:
+            return
+        for message in messages:
+            self._check_message_buffer(message, WireError)
+        _refuse_capture(self._runtime)
+        records = np.zeros(len(messages), dtype=SENDER)
+        for record, message, context in zip(records, messages, contexts, strict=True):
+            record["message"] = message.data_ptr()
+            record["header"] = self._header_words(context, context.counter - first)
+        if self._senders is None or self._senders.numel() != records.nbytes:
+            self._senders = self._runtime.upload(records)
+            self._totals = self._runtime.upload(np.zeros(len(messages), dtype=np.uint64))
+            self._plan_record = self._runtime.upload(self._describe_plan(self._totals.data_ptr()), self._plan_record)
+        else:
+            self._runtime.upload(records, self._senders)
+        self._senders_key = key
+
+    def _check_message_buffer(self, message: torch.Tensor, error: type[PlanError] | type[WireError]) -> None:
+        if (
+            message.shape != (self.plan.message_bytes,)
+            or message.dtype != torch.uint8
+            or message.device != self._runtime.device
+            or not message.is_contiguous()
+            or message.data_ptr() % 16
+        ):
+            raise error(
+                f"a message must be contiguous uint8 [{self.plan.message_bytes}] on {self._runtime.device} at a "
+                f"multiple of 16 bytes; got {message.dtype} {list(message.shape)} on {message.device}"
+            )
+
+    def _check_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        if len(tensors) != len(self.plan.segments):
+            raise PlanError(f"{len(tensors)} tensors for a plan of {len(self.plan.segments)} segments")
+        for segment, tensor in zip(self.plan.segments, tensors, strict=True):
+            wanted = segment.slice
+            if (
+                tensor.shape != (wanted.length,)
+                or tensor.dtype != wanted.dtype
+                or tensor.device != self._runtime.device
+                or not tensor.is_contiguous()
+            ):
+                raise PlanError(
+                    f"parameter {wanted.parameter!r}: the plan has a contiguous {wanted.dtype} [{wanted.length}] on "
+                    f"{self._runtime.device}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                )
+
+    def _step_address(self) -> int:
+        return self._step.data_ptr() if self._runtime.is_capturing() else 0
+
+    def _blocks(self, checks: int) -> int:
+        wanted = -(-(self._host_tables.units + checks) // self._warps)
+        return max(1, min(wanted, _BLOCKS_PER_MULTIPROCESSOR * self._runtime.multiprocessors))
+
+    def _new(self, length: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(length, dtype=dtype, device=self._runtime.device)
