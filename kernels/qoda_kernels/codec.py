@@ -17,7 +17,7 @@ from qoda_kernels.codebook import ROWS, Codebook
 from qoda_kernels.dither import DitherKey
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Segment
-from qoda_kernels.reference import RoundingTable, rounding_table, signed_levels
+from qoda_kernels.reference import rounding_table, signed_levels
 from qoda_kernels.wire import Header, MessageContext, check_header, fold_checksum
 from qoda_kernels.worker_threads import WorkerThreads
 
@@ -55,7 +55,7 @@ class _CodebookTables:
     """What the kernels need of a codebook."""
 
     codebook: Codebook
-    rounding: RoundingTable
+    rounding: cpu.KernelTable
     signed_levels: npt.NDArray[np.float32]
 
 
@@ -91,7 +91,7 @@ class Codec:
                     "build a new plan"
                 )
         self._tables = {
-            key: _CodebookTables(codebook, rounding_table(codebook), signed_levels(codebook))
+            key: _CodebookTables(codebook, cpu.kernel_table(rounding_table(codebook)), signed_levels(codebook))
             for key, codebook in used.items()
             if not codebook.is_exact
         }

@@ -9,6 +9,7 @@ vector instructions without shuffles.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -38,6 +39,7 @@ from qoda_kernels.reference import (
 )
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+_MOST_CELLS = 2048
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _INFINITY = np.uint32(INFINITY_BITS)
@@ -142,6 +144,45 @@ def word_sums(words: npt.NDArray[np.uint32], first: int) -> tuple[np.uint64, np.
     return total, weighted
 
 
+@dataclass(frozen=True)
+class KernelTable:
+    """A rounding table as the kernels read it.
+
+    Method "cells" finds the interval without a search: [0, 1] is cut into equal cells, few enough to stay in the
+    fastest cache and so many that no cell holds two levels. A coordinate's cell and whether it lies above the level in
+    it tell its line.
+
+    Attributes:
+        method: "uniform", "minimum", "search" as in the rounding table, or "cells" in place of "search".
+        cells: number of cells; 0 for the other methods.
+        slopes: float32, of each line; with cells 2 per cell, for coordinates below and above its level.
+        intercepts: float32, likewise.
+        levels: float32: the levels; with cells the level in each cell, or 2 where there is none.
+    """
+
+    method: str
+    cells: int
+    slopes: npt.NDArray[np.float32]
+    intercepts: npt.NDArray[np.float32]
+    levels: npt.NDArray[np.float32]
+
+
+def kernel_table(table: RoundingTable) -> KernelTable:
+    """The table that makes the kernels give the positions of a rounding table."""
+    if table.method != "search":
+        return KernelTable(table.method, 0, table.slopes, table.intercepts, table.levels)
+    inner = table.levels[1:-1]
+    for cells in (256, 512, 1024, _MOST_CELLS):
+        place = (inner * np.float32(cells)).astype(np.int64)
+        if np.unique(place).size == inner.size:
+            below = np.searchsorted(place, np.arange(cells + 1), side="left")
+            line = np.stack([below, np.minimum(below + 1, inner.size)], axis=1).ravel()
+            levels = np.full(cells + 1, 2.0, dtype=np.float32)
+            levels[place] = inner
+            return KernelTable("cells", cells, table.slopes[line], table.intercepts[line], levels)
+    return KernelTable("search", 0, table.slopes, table.intercepts, table.levels)
+
+
 def _position(magnitude, multiplier, slopes, intercepts, levels):  # type: ignore[no-untyped-def]  # Numba infers
     """Position of a magnitude on the scale of level indices, times 2^F (`reference.fixed_point`)."""
     raise AssertionError("for compiled code only")
@@ -156,13 +197,21 @@ def _overload_position(magnitude, multiplier, slopes, intercepts, levels):  # ty
             slopes, intercepts, np.float32(magnitude * multiplier)
         )
 
+    def look_up(magnitude, multiplier, slopes, intercepts, levels):  # type: ignore[no-untyped-def]  # Numba infers
+        boundaries, count = levels
+        normalised = np.float32(magnitude * multiplier)
+        cell = word32.truncated(np.float32(normalised * count))
+        is_above = word32.is_at_most(word32.element(boundaries, cell), normalised)
+        line = word32.bit_or(word32.shift_left(cell, np.uint32(1)), is_above)
+        return word32.fused_multiply_add(word32.element(slopes, line), normalised, word32.element(intercepts, line))
+
     def search(magnitude, multiplier, slopes, intercepts, levels):  # type: ignore[no-untyped-def]  # Numba infers
         table, halvings, last = levels
         normalised = np.float32(magnitude * multiplier)
         index = word32.minimum(word32.last_not_above(table, halvings, normalised), last)
         return word32.fused_multiply_add(word32.element(slopes, index), normalised, word32.element(intercepts, index))
 
-    return search
+    return look_up if len(levels) == 2 else search
 
 
 @_inline
@@ -209,7 +258,8 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
     shift = fraction_bits(bits)
     steps = 2 ** (bits - 1) - 1
     uniform_scale = np.float32(steps << shift)
-    is_uniform, is_minimum = method == "uniform", method == "minimum"
+    is_uniform, is_minimum, has_cells = method == "uniform", method == "minimum", method == "cells"
+    capacity = 2 * _MOST_CELLS + 2 if has_cells else 128
     tile, half = ROWS * lanes, ROWS // 2 * lanes
     halvings = (0,) * (bits - 1)
 
@@ -224,6 +274,7 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
         bucket_size,
         norm_bytes,
         is_l2,
+        cells,
         slope_table,
         intercept_table,
         level_table,
@@ -242,9 +293,10 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
             intercepts = to_fixed_tuple(intercept_table, steps)
             levels = None
         else:
-            slopes = word32.private_table(slope_table)
-            intercepts = word32.private_table(intercept_table)
-            levels = (word32.private_table(level_table), halvings, np.uint32(steps - 1))
+            slopes = word32.private_table(slope_table, capacity)
+            intercepts = word32.private_table(intercept_table, capacity)
+            table = word32.private_table(level_table, capacity)
+            levels = (table, np.float32(cells)) if has_cells else (table, halvings, np.uint32(steps - 1))
         for number in range(norms.size // norm_bytes):
             begin = number * bucket_size
             given = values[begin : begin + bucket_size]
@@ -354,7 +406,7 @@ def slice_decoder(bits: int, lanes: int) -> Callable[..., None]:
 
     @_kernel
     def decode(addresses, norms_begin, codes_begin, codes_bytes, out, bucket_size, norm_bytes, levels, scale):  # type: ignore[no-untyped-def]  # Numba infers
-        table = word32.private_table(levels)
+        table = word32.private_table(levels, 256)
         tile_codes = carray(word32.private_bytes(), (tile,), np.uint8)
         buckets = (out.size + bucket_size - 1) // bucket_size
         for number in range(buckets):
@@ -418,7 +470,7 @@ def quantize(
     values: npt.NDArray[Any],
     kind: int,
     codebook: Codebook,
-    table: RoundingTable,
+    table: KernelTable,
     coordinate: int,
     key: DitherKey,
     norms: npt.NDArray[np.uint8],
@@ -430,7 +482,7 @@ def quantize(
         values: float32 [n], or uint16 [n] with the bits of float16 or bfloat16; contiguous.
         kind: FLOAT32, FLOAT16 or BFLOAT16.
         codebook: not exact.
-        table: its rounding table.
+        table: `kernel_table` of it.
         coordinate: number of the slice's first coordinate in the whole model.
         key: random stream of the sender.
         norms: uint8, bytes of the norm words, written.
@@ -447,6 +499,7 @@ def quantize(
         codebook.bucket_size,
         codebook.format.norm_bytes,
         codebook.norm == "l2",
+        table.cells,
         table.slopes,
         table.intercepts,
         table.levels,

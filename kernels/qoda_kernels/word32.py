@@ -96,6 +96,26 @@ def float_minimum(context: Any, a: Any, b: Any) -> tuple[Signature, Callable[...
 
 
 @intrinsic
+def truncated(context: Any, value: Any) -> tuple[Signature, Callable[..., Any]]:
+    """Integer part of a float32 between 0 and 2^31, as uint32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fptosi(arguments[0], _WORD)
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def is_at_most(context: Any, a: Any, b: Any) -> tuple[Signature, Callable[..., Any]]:
+    """1 where the float32 a <= b, else 0, as uint32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.zext(builder.fcmp_ordered("<=", *arguments), _WORD)
+
+    return types.uint32(types.float32, types.float32), generate
+
+
+@intrinsic
 def address_to_pointer(context: Any, address: Any) -> tuple[Signature, Callable[..., Any]]:
     """Pointer to bytes from an integer address, for `numba.carray`."""
 
@@ -121,9 +141,15 @@ def least_line(context: Any, slopes: Any, intercepts: Any, x: Any) -> tuple[Sign
     return types.float32(slopes, intercepts, types.float32), generate
 
 
-@intrinsic
-def private_table(context: Any, array: Any) -> tuple[Signature, Callable[..., Any]]:
-    """A copy, on the stack, of a contiguous float32 array of at most 256 elements.
+def _stack_room(builder: Any, kind: Any, count: int) -> Any:
+    """Pointer to so many elements on the stack, not initialised; allocated once per call of the kernel."""
+    with builder.goto_entry_block():
+        return builder.alloca(kind, size=count)
+
+
+@intrinsic(prefer_literal=True)
+def private_table(context: Any, array: Any, capacity: Any) -> tuple[Signature, Callable[..., Any]]:
+    """A copy, on the stack, of a contiguous float32 array of at most `capacity` elements (a literal number).
 
     The compiler then knows that no store can change it, without which loops that look values up are not vectorised.
     Valid until the calling kernel returns.
@@ -131,13 +157,12 @@ def private_table(context: Any, array: Any) -> tuple[Signature, Callable[..., An
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = context.make_array(signature.args[0])(context, builder, arguments[0])
-        zero = ir.Constant(_WORD, 0)
-        copy = builder.gep(cgutils.alloca_once(builder, ir.ArrayType(_FLOAT, 256)), [zero, zero])
+        copy = _stack_room(builder, _FLOAT, capacity.literal_value)
         with cgutils.for_range(builder, builder.extract_value(source.shape, 0)) as loop:
             builder.store(builder.load(builder.gep(source.data, [loop.index])), builder.gep(copy, [loop.index]))
         return copy
 
-    return types.CPointer(types.float32)(array), generate
+    return types.CPointer(types.float32)(array, capacity), generate
 
 
 @intrinsic
@@ -145,8 +170,7 @@ def private_bytes(context: Any) -> tuple[Signature, Callable[..., Any]]:
     """256 bytes on the stack, for `numba.carray`; valid until the calling kernel returns."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        zero = ir.Constant(_WORD, 0)
-        return builder.gep(cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), 256)), [zero, zero])
+        return _stack_room(builder, ir.IntType(8), 256)
 
     return types.CPointer(types.uint8)(), generate
 

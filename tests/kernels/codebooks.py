@@ -19,9 +19,11 @@ def power_codebook(bits: int, exponent: float, **fields: object) -> Codebook:
 
 
 def codebook_for(method: str, bits: int, **fields: object) -> Codebook:
-    """Codebook that the kernels round by a given method ("uniform", "minimum" or "search")."""
+    """Codebook that the kernels round by a given method ("uniform", "minimum", "cells" or "search")."""
     if method == "uniform":
         return Codebook.uniform(bits, **fields)
+    if method == "search":
+        return Codebook.exponential(bits, **fields)
     return power_codebook(bits, 1.5 if method == "minimum" else 0.7, **fields)
 
 
@@ -29,7 +31,7 @@ def methods_of(bits: int) -> tuple[str, ...]:
     """Rounding methods that exist at a code width: two bits have one codebook only, wide codes are searched."""
     if bits == 2:
         return ("uniform",)
-    return ("uniform", "minimum", "search") if bits <= 5 else ("uniform", "search")
+    return ("uniform", "minimum", "cells") if bits <= 5 else ("uniform", "cells", "search")
 
 
 def single_slice_plan(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qoda_kernels import reference
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
+from qoda_kernels.cpu import kernel_table
 from qoda_kernels.dither import DitherKey
 from tests.kernels.codebooks import DTYPES, codebook_for, context, methods_of, single_slice_plan
 
@@ -65,7 +66,7 @@ def test_every_variant(bits: int, method: str, dtype: torch.dtype, narrow: bool)
     for index, length in enumerate((0, 1, 7, 8, 255, 256, 511, 512, 513, 1000, 2048, 3071)):
         norm, norm_format = (("max", "fp32"), ("l2", "bf16"), ("l2", "fp32"), ("max", "bf16"))[index % 4]
         codebook = codebook_for(method, bits, bucket_size=bucket_size, norm=norm, norm_format=norm_format)
-        assert reference.rounding_table(codebook).method == method
+        assert kernel_table(reference.rounding_table(codebook)).method == method
         check_against_reference(length, codebook, dtype, coordinate=2**32 - 700 * (index % 3), seed=index)
 
 
