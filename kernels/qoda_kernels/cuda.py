@@ -18,6 +18,7 @@ from numba.cuda import libdevice
 from qoda_kernels import device_memory as memory
 from qoda_kernels import word32
 from qoda_kernels.codebook import EXACT_BITS
+from qoda_kernels.device_statistics import FRACTION_BITS, GATHERED
 from qoda_kernels.device_tables import (
     CHECKSUM_WORD,
     COUNTER_WORD,
@@ -40,8 +41,6 @@ from qoda_kernels.wire import CHECKSUM_MULTIPLIER
 
 THREADS = 256
 CHECK_BYTES = 8192  # what one warp sums at a time of a received payload
-CELL_COUNT = 771  # of `statistics.HistogramStatistics`
-FRACTION_BITS = 19  # of a magnitude's position within its cell
 
 _WARPS = THREADS // 32
 _LONG = types.uint64
@@ -67,7 +66,11 @@ _CHECKSUM = np.uint64(CHECKSUM_MULTIPLIER)
 _HEADER = np.uint32(HEADER_BYTES)
 _HEADER_WORDS = np.uint32(HEADER_BYTES // 4)
 _ALL = -1  # lanes
-_LOWEST, _MIDDLE = np.uint32(103 << 23), np.uint32(119 << 23)  # 2^-24 and 2^-8, the joints of the statistics' grid
+_ONE = np.uint32(127 << 23)  # 1, 2^-24 and 2^-8 as float32 bits: the joints of the statistics' grid
+_LOWEST, _MIDDLE = np.uint32(103 << 23), np.uint32(119 << 23)
+_FIRST_CELL, _FIRST_FINE_CELL = np.uint32(2), np.uint32(2 + 16 * 16)
+_FRACTION = np.uint64(FRACTION_BITS)
+_FROM_LOWEST_CELL = np.float32(2.0 ** (24 + FRACTION_BITS))
 
 _device = cuda.jit(device=True, forceinline=True)
 
@@ -98,6 +101,10 @@ _SENDER_BYTES = np.uint64(SENDER.itemsize)
 _REFUSED, _REFUSED_SENDER, _RECEIVED, _EXPECTED = (
     _offsets(STATUS)[name] for name in ("refused", "sender", "received", "expected")
 )
+_GATHERED_LARGEST, _WEIGHT_BITS, _FINITE, _SKIPPED, _SUMS = (
+    _offsets(GATHERED)[name] for name in ("largest", "weight_bits", "finite", "skipped", "sums")
+)
+_GATHERED_BYTES = np.uint64(GATHERED.itemsize)
 _KEY_FIRST, _KEY_SECOND, _COUNTER = (_offsets(STEP)[name] for name in ("key_first", "key_second", "counter"))
 
 
@@ -1069,6 +1076,91 @@ def decode_mean(plan, senders, sender_count, outputs, step, counter, scale, piec
             unit = word32.add(unit, np.uint32(_WARPS))
 
 
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+@_device
+def _cell_and_fraction(bits):
+    """Cell of a normalised magnitude, given as float32 bits, and its place in it, times 2^FRACTION_BITS."""
+    if bits >= _MIDDLE:
+        cell = word32.add(word32.shift_right(word32.subtract(bits, _MIDDLE), np.uint32(17)), _FIRST_FINE_CELL)
+        fine = word32.bit_and(bits, np.uint32((1 << 17) - 1))
+        return cell, word32.shift_left(fine, np.uint32(FRACTION_BITS - 17))
+    if bits >= _LOWEST:
+        cell = word32.add(word32.shift_right(word32.subtract(bits, _LOWEST), np.uint32(19)), _FIRST_CELL)
+        return cell, word32.bit_and(bits, np.uint32((1 << 19) - 1))
+    if bits == np.uint32(0):
+        return np.uint32(0), np.uint32(0)
+    return np.uint32(1), np.uint32(libdevice.fmul_rn(word32.float_from_bits(bits), _FROM_LOWEST_CELL))
+
+
+@_device
+def _weight(norm, record):
+    """Squared norm in the units of its type's sums."""
+    exponent = word32.shift_right(memory.load_word(record + _GATHERED_LARGEST), np.uint32(23))
+    field = word32.subtract(
+        word32.add(memory.load_word(record + _WEIGHT_BITS), np.uint32(1023 + 2 * 126)), word32.add(exponent, exponent)
+    )
+    unit = memory.double_from_bits(np.uint64(field) << np.uint64(52))
+    wide = np.float64(norm)
+    return np.uint64(libdevice.dadd_rn(libdevice.dmul_rn(libdevice.dmul_rn(wide, wide), unit), np.float64(0.5)))
+
+
+@_device
+def _gather_bucket(values, kind, count, norm, record):
+    """Add every coordinate of a bucket to its cell."""
+    weight = _weight(norm, record)
+    index = _lane()
+    while index < count:
+        value = _load_value(values + (np.uint64(index) << np.uint64(_item_shift(kind))), kind)
+        ratio = libdevice.fdiv_rn(word32.float_from_bits(_magnitude_bits(value)), norm)
+        cell, fraction = _cell_and_fraction(word32.minimum(word32.float_bits(ratio), _ONE))
+        sums = record + _SUMS + np.uint64(24) * np.uint64(cell)
+        first = (weight * np.uint64(fraction)) >> _FRACTION
+        memory.atomic_add_long(sums, weight)
+        memory.atomic_add_long(sums + np.uint64(8), first)
+        memory.atomic_add_long(sums + np.uint64(16), (first * np.uint64(fraction)) >> _FRACTION)
+        index = word32.add(index, np.uint32(32))
+
+
+def gather_statistics(plan, values, gathered, is_first):
+    """Gather the level statistics of each codebook (`device_statistics.py`), in two launches.
+
+    Args:
+        plan: address of the PLAN record.
+        values: address of uint64 addresses of the segments' values.
+        gathered: address of the GATHERED records of the codebooks.
+        is_first: uint32, 1 to find the largest norms, 0 to add up.
+    """
+    segments = memory.load_long(plan + _PLAN_SEGMENTS)
+    segment_count = memory.load_word(plan + _PLAN_SEGMENT_COUNT)
+    units = memory.load_word(plan + _PLAN_UNITS)
+    unit = _first_warp()
+    while unit < units:
+        index = _find_segment(segments, segment_count, unit)
+        segment = segments + _SEGMENT_BYTES * np.uint64(index)
+        if memory.load_word(segment + _BITS) != _EXACT:
+            kind = memory.load_word(segment + _KIND)
+            bucket_size = memory.load_word(segment + _UNIT_LENGTH)
+            number = word32.subtract(unit, memory.load_word(segment + _FIRST_UNIT))
+            begin = np.uint64(number) * np.uint64(bucket_size)
+            count = _count_in_unit(memory.load_long(segment + _LENGTH), begin, bucket_size)
+            bucket = memory.load_long(values + np.uint64(8) * np.uint64(index))
+            bucket += begin << np.uint64(_item_shift(kind))
+            record = gathered + _GATHERED_BYTES * np.uint64(memory.load_word(segment + _CODEBOOK))
+            norm_bits = _norm(bucket, kind, count, memory.load_word(segment + _IS_L2))
+            is_finite = norm_bits < _INFINITY
+            if is_first != np.uint32(0):
+                if is_finite and _lane() == np.uint32(0):
+                    memory.atomic_max_word(record + _GATHERED_LARGEST, norm_bits)
+            else:
+                if _lane() == np.uint32(0):
+                    memory.atomic_add_long(record + (_FINITE if is_finite else _SKIPPED), np.uint64(1))
+                if is_finite and norm_bits > np.uint32(0):
+                    _gather_bucket(bucket, kind, count, word32.float_from_bits(norm_bits), record)
+        unit = word32.add(unit, _all_warps())
+
+
 _ADDRESS, _WORD = types.uint64, types.uint32
 SIGNATURES = {
     "encode": (encode, types.void(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _WORD, _WORD, _WORD)),
@@ -1076,4 +1168,5 @@ SIGNATURES = {
         decode_mean,
         types.void(_ADDRESS, _ADDRESS, _WORD, _ADDRESS, _ADDRESS, _WORD, types.float32, _WORD),
     ),
+    "gather_statistics": (gather_statistics, types.void(_ADDRESS, _ADDRESS, _ADDRESS, _WORD)),
 }

@@ -17,6 +17,7 @@ import torch
 
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
+from qoda_kernels.device_statistics import GATHERED, empty_records, histograms
 from qoda_kernels.device_tables import (
     COUNTER_WORD,
     PLAN,
@@ -29,6 +30,7 @@ from qoda_kernels.device_tables import (
 from qoda_kernels.dither import DitherKey
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import MessagePlan
+from qoda_kernels.statistics import HistogramStatistics
 from qoda_kernels.wire import Header, MessageContext, check_header
 
 _LOG = logging.getLogger(__name__)
@@ -300,6 +302,28 @@ class DeviceCodec(Codec):
         header = Header(expected[8:16], *(int(word) for word in words[4:8]))
         source = self._senders_key[sender][2] if sender < len(self._senders_key) else sender
         check_header(received, header, source)
+
+    def gather_statistics(self, values: Sequence[torch.Tensor]) -> Mapping[str, HistogramStatistics]:
+        """Level statistics of each quantizing codebook; two launches, then waits for the device.
+
+        The sums are of whole numbers, so they are the same in every run (`device_statistics.py`).
+
+        Args:
+            values: as for `encode`.
+
+        Raises:
+            PlanError: when the tensors do not fit the plan.
+        """
+        if not self._values.holds(values):
+            self._check_tensors(values)
+            self._values.put(values, self._host_tables.indices)
+        keys = self._host_tables.codebooks
+        lengths = [sum(s.slice.length for s in self.plan.segments if s.slice.codebook == key) for key in keys]
+        gathered = self._runtime.upload(empty_records(lengths))
+        for is_first in (1, 0):
+            arguments = (self._plan_record.data_ptr(), self._values.address, gathered.data_ptr(), is_first)
+            self._runtime.launch("gather_statistics", self._blocks(0), 0, arguments)
+        return histograms(gathered.cpu().numpy().view(GATHERED), keys)
 
     def stage(self, context: MessageContext) -> None:
         """Give the context's key and counter to the calls of a CUDA graph that will be replayed next."""

@@ -12,6 +12,7 @@ from qoda_kernels.codebook import Codebook
 from qoda_kernels.device_codec import DeviceCodec
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Slice
+from qoda_kernels.statistics import HistogramStatistics
 from qoda_kernels.wire import MessageContext
 from tests.kernels.codebooks import DTYPES as DTYPES
 from tests.kernels.codebooks import codebook_for, context
@@ -224,3 +225,44 @@ def check_what_does_not_fit_is_refused(device: Device) -> None:
     many = {f"{index}": codebook_for("search", 8, bucket_size=128) for index in range(40)}
     with pytest.raises(PlanError, match="shared memory"):
         device.codec(plan_of([(key, 5, torch.float32) for key in many], many), many)
+
+
+def check_statistics(device: Device) -> None:
+    """Sums over the cells are those of `HistogramStatistics.gather`, to the resolution of the weights."""
+    codebooks = {
+        "wide": Codebook.uniform(4),
+        "l2": Codebook.uniform(3, bucket_size=256, norm="l2"),
+        "off": Codebook.exact(),
+    }
+    parts = [
+        ("wide", 5000, torch.float32),
+        ("off", 50, torch.float32),
+        ("l2", 3000, torch.float32),
+        ("wide", 700, torch.float16),
+    ]
+    generator = torch.Generator().manual_seed(3)
+    values = [
+        (torch.randn(n, generator=generator) ** 3 * 10.0**index).to(dtype) for index, (_, n, dtype) in enumerate(parts)
+    ]
+    values[0][:600] = 0.0
+    values[0][1000] = float("inf")
+    values[2][::7] = 0.0
+    values[0][700:705] *= 1e-9
+    codec = device.codec(plan_of(parts, codebooks), codebooks)
+    placed = [device.place(tensor) for tensor in values]
+    gathered = codec.gather_statistics(placed)
+    assert list(gathered) == ["wide", "l2"]
+    for key, found in gathered.items():
+        book = codebooks[key]
+        wanted = HistogramStatistics.merge_in_order(
+            [
+                HistogramStatistics.gather(tensor.float().numpy(), book.bucket_size, book.norm)
+                for tensor, part in zip(values, parts, strict=True)
+                if part[0] == key
+            ]
+        )
+        assert (found.bucket_count, found.skipped_buckets) == (wanted.bucket_count, wanted.skipped_buckets)
+        np.testing.assert_array_equal(found.cells[:, 0] > 0, wanted.cells[:, 0] > 0)
+        np.testing.assert_allclose(found.cells, wanted.cells, rtol=1e-5, atol=1e-12 * wanted.weight)
+    again = codec.gather_statistics(placed)
+    assert all(np.array_equal(again[key].cells, gathered[key].cells) for key in gathered)
