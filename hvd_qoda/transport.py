@@ -181,7 +181,7 @@ def all_gather_array(transport: Transport, values: np.ndarray, name: str) -> np.
     Raises:
         RankMismatchError: if a rank's array has another size.
     """
-    sent = np.ascontiguousarray(values)
+    sent = np.asarray(values, order="C")
     if sent.size == 0:
         return np.empty((transport.size, *sent.shape), dtype=sent.dtype)
     received = all_gather_bytes(transport, sent.tobytes(), [sent.nbytes] * transport.size, name)

@@ -1,11 +1,16 @@
 """Ranks without a host: several transports in one process, whose collectives finish when all of them have started."""
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from hvd_qoda.traffic import TrafficMeter
-from hvd_qoda.transport import Handle
+from hvd_qoda.transport import Handle, wait_until
+
+Result = TypeVar("Result")
 
 
 class InMemoryGroup:
@@ -20,7 +25,13 @@ class InMemoryGroup:
         self.size = size
         self.change = change or (lambda name, source, destination, received: received)
         self.started: dict[str, dict[int, list[torch.Tensor]]] = {}
+        self.lock = threading.Lock()
         self.transports = [InMemoryTransport(self, rank) for rank in range(size)]
+
+    def run(self, function: Callable[["InMemoryTransport"], Result]) -> list[Result]:
+        """Call a function that waits, in a thread for each rank; returns the results in rank order."""
+        with ThreadPoolExecutor(self.size) as threads:
+            return list(threads.map(function, self.transports))
 
 
 class InMemoryTransport:
@@ -28,7 +39,7 @@ class InMemoryTransport:
         self.rank = rank
         self.size = group.size
         self.ranks = tuple(range(group.size))
-        self.timeout_s = 0.2
+        self.timeout_s = 2.0
         self.meter = TrafficMeter()
         self._group = group
 
@@ -43,27 +54,31 @@ class InMemoryTransport:
         return self._start(list(message.split(list(send_bytes))), name)
 
     def _start(self, shares: list[torch.Tensor], name: str) -> Handle:
-        contributions = self._group.started.setdefault(name, {})
-        assert self.rank not in contributions, f"{name} is under way a second time"
-        contributions[self.rank] = shares
-        return InMemoryHandle(self._group, self.rank, name)
+        with self._group.lock:
+            contributions = self._group.started.setdefault(name, {})
+            assert self.rank not in contributions, f"{name} is under way a second time"
+            contributions[self.rank] = shares
+            return InMemoryHandle(self._group, self.rank, name, contributions)
 
 
 class InMemoryHandle:
-    def __init__(self, group: InMemoryGroup, rank: int, name: str) -> None:
+    def __init__(
+        self, group: InMemoryGroup, rank: int, name: str, contributions: dict[int, list[torch.Tensor]]
+    ) -> None:
         self.name = name
         self._group = group
         self._rank = rank
-        self._contributions = group.started[name]
+        self._contributions = contributions
 
     def ready(self) -> bool:
-        finished = len(self._contributions) == self._group.size
-        if finished and self._group.started.get(self.name) is self._contributions:
-            del self._group.started[self.name]
-        return finished
+        with self._group.lock:
+            finished = len(self._contributions) == self._group.size
+            if finished and self._group.started.get(self.name) is self._contributions:
+                del self._group.started[self.name]
+            return finished
 
     def wait(self) -> list[torch.Tensor]:
-        assert self.ready()
+        wait_until(self.ready, self._group.transports[self._rank].timeout_s, lambda: self.name)
         sources = sorted(self._contributions)
         parts = [self._contributions[source][self._rank].clone() for source in sources]
         return [

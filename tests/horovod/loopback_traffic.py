@@ -1,0 +1,94 @@
+"""Program for test_interface_counters.py: trains in a network namespace of its own and prints bytes counted twice.
+
+Run as `unshare --net python -m tests.horovod.loopback_traffic SIZE`: nothing but the ranks uses the loopback interface
+there, so its counter holds what they send. Prints a JSON object: case -> [bytes by our meters, bytes by the interface],
+both summed over the ranks.
+"""
+
+import fcntl
+import json
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.launcher import RankPool
+
+ELEMENTS = 2**22
+STEPS = 3
+CASES: dict[str, dict[str, Any]] = {
+    "allgather": {"exchange": "allgather"},
+    "reduce_scatter": {"exchange": "reduce_scatter"},
+    "off": {"bits": 32},
+    "plain": {},
+}
+
+
+def bring_loopback_up() -> None:
+    """What `ip link set lo up` does."""
+    get_flags, set_flags, up = 0x8913, 0x8914, 1
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        flags = struct.unpack("16sh", fcntl.ioctl(control, get_flags, struct.pack("16sh", b"lo", 0)))[1]
+        fcntl.ioctl(control, set_flags, struct.pack("16sh", b"lo", flags | up))
+
+
+def interface_bytes() -> int:
+    """Bytes that the loopback interface of this namespace has sent."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, fields = line.partition(":")
+        if name.strip() == "lo":
+            return int(fields.split()[8])
+    raise LookupError("no loopback interface")
+
+
+def traffic_of(case: str) -> tuple[int, int]:
+    """This rank's bytes in a few steps, and the interface's (of all ranks) meanwhile, less what Horovod sends idly."""
+    import horovod.torch as hvd
+    import torch
+
+    from hvd_qoda.compression import Compression
+
+    torch.manual_seed(hvd.rank())
+    model = torch.nn.Linear(ELEMENTS // 1024, 1024, bias=False)
+    keywords = CASES[case]
+    if case == "plain":
+        compression: Any = Compression.metered(hvd.Compression.none)
+    else:
+        compression = Compression.qoda(model, levels="uniform", measure_error_every=0, **keywords)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.01), named_parameters=model.named_parameters(), compression=compression
+    )
+
+    def step() -> None:
+        model(torch.ones(1, ELEMENTS // 1024)).square().sum().backward()
+        optimizer.step()
+
+    step()  # compiles, and agrees
+    hvd.barrier()
+    begin, sent, counted = time.monotonic(), compression.traffic, interface_bytes()
+    for _ in range(STEPS):
+        step()
+    hvd.barrier()
+    seconds, sent, counted = time.monotonic() - begin, compression.traffic - sent, interface_bytes() - counted
+    idle = interface_bytes()
+    time.sleep(1.0)
+    idle = interface_bytes() - idle
+    hvd.barrier()
+    return sent.sent_bytes, round(counted - idle * seconds)
+
+
+def main(size: int) -> None:
+    """Run all cases."""
+    bring_loopback_up()
+    with RankPool(size, {"HOROVOD_CYCLE_TIME": "5"}) as ranks:
+        results = {}
+        for case in CASES:
+            by_rank = ranks.run(traffic_of, case)
+            results[case] = [sum(ours for ours, _ in by_rank), by_rank[0][1]]
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,168 @@
+"""Statistics and levels over several ranks of one process."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hvd_qoda.config import QodaConfig
+from hvd_qoda.errors import RankMismatchError
+from hvd_qoda.level_updates import LevelUpdates
+from qoda_kernels.levels import minimum_variance_levels
+from qoda_kernels.registry import CodebookRegistry
+from qoda_kernels.statistics import HistogramStatistics
+from tests.in_memory_transport import InMemoryGroup
+
+SIZES = {"one.weight": 3000, "two.weight": 5000}
+SCHEDULE = {"at": (4,), "every": None, "samples": 2}
+
+
+def configuration(**keywords: Any) -> QodaConfig:
+    one_type = [{"name": "*", "as_type": "feed_forward"}]
+    return QodaConfig(**{"update_levels": SCHEDULE, "levels": "adaptive", "layers": one_type, **keywords})
+
+
+def registry_of(config: QodaConfig) -> CodebookRegistry:
+    return config.build_registry([(name, torch.zeros(size // 50, 50)) for name, size in SIZES.items()])
+
+
+def gradient(name: str, rank: int, step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * rank + 10 * step + len(name))
+    return (
+        torch.randn(SIZES[name], generator=generator) * (1 + rank) * torch.rand(SIZES[name], generator=generator) ** 3
+    )
+
+
+def run_steps(
+    updates: LevelUpdates, registry: CodebookRegistry, transport: Any, steps: range, order: int = 1
+) -> CodebookRegistry:
+    for step in steps:
+        registry = updates.begin_step(step, registry, transport)
+        for name in list(SIZES)[::order]:
+            if updates.wants(step, registry.parameters[name].codebook):
+                updates.gather(name, gradient(name, transport.rank, step), registry)
+        updates.end_step(step, registry, transport)
+    return registry
+
+
+def test_levels_are_those_of_all_ranks_samples() -> None:
+    config = configuration()
+    start = registry_of(config)
+
+    def train(transport: Any) -> CodebookRegistry:
+        order = 1 if transport.rank == 0 else -1  # hooks fire in another order on every rank
+        return run_steps(LevelUpdates(config.update_levels, start), start, transport, range(1, 5), order)
+
+    registries = InMemoryGroup(3).run(train)
+    assert all(registry.digest == registries[0].digest for registry in registries)
+    assert registries[0].version == 1
+    (key,) = start.adaptive_keys
+    everything = HistogramStatistics.empty()
+    for step in (2, 3):  # the two steps before step 4
+        for rank in range(3):
+            parts = [HistogramStatistics.gather(gradient(name, rank, step).numpy(), 512, "max") for name in SIZES]
+            everything = everything.merge(HistogramStatistics.merge_in_order(parts))
+    wanted = minimum_variance_levels(everything, 5, previous=start.codebooks[key].levels)
+    np.testing.assert_allclose(registries[0].codebooks[key].levels, wanted, rtol=1e-6)
+
+
+def test_steps_without_samples_exchange_nothing() -> None:
+    config = configuration()
+    start = registry_of(config)
+    group = InMemoryGroup(2)
+    group.run(lambda t: run_steps(LevelUpdates(config.update_levels, start), start, t, range(1, 2)))
+    assert all(transport.meter.traffic.sent_bytes == 0 for transport in group.transports)
+
+
+def test_fixed_levels_never_change() -> None:
+    config = configuration(levels="uniform")
+    start = registry_of(config)
+    group = InMemoryGroup(2)
+    after = group.run(lambda t: run_steps(LevelUpdates(config.update_levels, start), start, t, range(1, 9)))
+    assert after == [start, start]
+    assert all(transport.meter.traffic.sent_bytes == 0 for transport in group.transports)
+
+
+def test_no_gradients_no_update() -> None:
+    config = configuration()
+    start = registry_of(config)
+
+    def train(transport: Any) -> CodebookRegistry:
+        updates = LevelUpdates(config.update_levels, start)
+        for step in range(1, 5):
+            registry = updates.begin_step(step, start, transport)
+            if step == 2:
+                updates.gather("one.weight", torch.zeros(3000), start)
+            updates.end_step(step, start, transport)
+        return registry
+
+    assert InMemoryGroup(2).run(train) == [start, start]
+
+
+def test_abandoned_steps_leave_no_statistics() -> None:
+    config = configuration()
+    start = registry_of(config)
+
+    def train(transport: Any) -> dict[str, Any]:
+        updates = LevelUpdates(config.update_levels, start)
+        run_steps(updates, start, transport, range(2, 3))
+        updates.gather("one.weight", torch.ones(3000), start)
+        updates.abandon_step()
+        before = updates.state_dict()
+        updates.end_step(1, start, transport)
+        assert updates.state_dict() == before
+        return before
+
+    group = InMemoryGroup(2)
+    states = group.run(train)
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("kind", ["histogram", "truncated_normal"])
+def test_state_goes_through_json_exactly(kind: str) -> None:
+    config = configuration(update_levels={**SCHEDULE, "statistics": kind})
+    start = registry_of(config)
+
+    def train(transport: Any) -> tuple[bytes, bytes, str]:
+        whole = LevelUpdates(config.update_levels, start)
+        uninterrupted = run_steps(whole, start, transport, range(1, 5))
+        first = LevelUpdates(config.update_levels, start)
+        run_steps(first, start, transport, range(1, 3))
+        text = json.dumps(first.state_dict())
+        second = LevelUpdates(config.update_levels, start)
+        second.load_state_dict(json.loads(text))
+        return uninterrupted.digest, run_steps(second, start, transport, range(3, 5)).digest, text
+
+    for uninterrupted, resumed, text in InMemoryGroup(2).run(train):
+        assert resumed == uninterrupted != start.digest
+        assert json.loads(text)["merged"]
+
+
+def test_statistics_of_another_kind_are_dropped_on_loading() -> None:
+    config = configuration()
+    start = registry_of(config)
+    updates = LevelUpdates(config.update_levels, start)
+    updates.load_state_dict({"statistics": "truncated_normal", "merged": {"feed_forward": [0.0] * 5}})
+    assert updates.state_dict()["merged"] == {}
+
+
+def test_ranks_that_compute_other_levels_find_out() -> None:
+    config = configuration()
+    start = registry_of(config)
+
+    def train(transport: Any) -> str:
+        updates = LevelUpdates(config.update_levels, start)
+        run_steps(updates, start, transport, range(1, 4))
+        if transport.rank == 1:
+            for key, merged in updates._merged.items():
+                updates._merged[key] = merged.merge(merged.gather(np.arange(512, dtype=np.float32), 512, "max"))
+        try:
+            updates.begin_step(4, start, transport)
+        except RankMismatchError as error:
+            return str(error)
+        return ""
+
+    for message in InMemoryGroup(2).run(train):
+        assert "levels at step 4: feed_forward: levels" in message
