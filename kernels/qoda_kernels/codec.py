@@ -162,7 +162,9 @@ class Codec:
         wide = [torch.empty(r.shape, dtype=torch.float32) if r.dtype.itemsize == 2 else r for r in out]
         self._threads.run(lambda part: self._decode_part(part, messages, factor, wide), self._parts)
         for result, found in zip(out, wide, strict=True):
-            if found is not result:
+            if result.dtype == torch.bfloat16:
+                cpu.round_to_bfloat16(found.numpy(), result.detach().view(torch.uint16).numpy())
+            elif found is not result:
                 result.copy_(found)
         return list(out)
 

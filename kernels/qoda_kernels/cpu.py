@@ -252,6 +252,18 @@ def _plane(low, high, index, bits):  # type: ignore[no-untyped-def]  # Numba inf
     return word32.low_byte(word32.bit_or(lower, word32.shift_left(high, np.uint32(middle - begin))))
 
 
+@_kernel
+def round_to_bfloat16(values: npt.NDArray[np.float32], out: npt.NDArray[np.uint16]) -> None:
+    """Bits of values rounded to bfloat16 (`reference.bfloat16_bits`); torch gives NaN other bits on other targets."""
+    for index in range(values.size):
+        bits = word32.float_bits(values[index])
+        odd = word32.bit_and(word32.shift_right(bits, np.uint32(16)), np.uint32(1))
+        rounded = word32.add(bits, word32.add(odd, np.uint32(0x7FFF)))
+        if word32.bit_and(bits, _MAGNITUDE) > _INFINITY:
+            rounded = _NAN
+        out[index] = np.uint16(word32.shift_right(rounded, np.uint32(16)))
+
+
 @cache
 def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[..., None]:
     """Kernel that quantizes and packs one slice; see `quantize` for its arguments."""

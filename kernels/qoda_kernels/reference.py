@@ -282,6 +282,13 @@ def decode_mean(messages: list[tuple[UInt32Array, ByteArray]], codebook: Codeboo
     return total
 
 
+def bfloat16_bits(values: Float32Array) -> npt.NDArray[np.uint16]:
+    """Bits of float32 values rounded to nearest even in bfloat16; 0x7FC0 for every NaN."""
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(NAN_BITS >> 16), rounded).astype(np.uint16)
+
+
 def _float(bits: int) -> np.float32:
     """Float32 with these bits."""
     return np.uint32(bits).view(np.float32)

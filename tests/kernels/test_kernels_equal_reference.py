@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qoda_kernels import reference
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
-from qoda_kernels.cpu import kernel_table
+from qoda_kernels.cpu import kernel_table, round_to_bfloat16
 from qoda_kernels.dither import DitherKey
 from tests.kernels.codebooks import DTYPES, codebook_for, context, methods_of, single_slice_plan
 
@@ -55,9 +55,12 @@ def check_against_reference(length: int, codebook: Codebook, dtype: torch.dtype,
         np.testing.assert_array_equal(reference.unpack(packed, length, codebook.bits, codebook.format.lanes), codes)
         expected.append((norms, codes))
     mean = codec.decode_mean(messages, contexts)[0]
-    wanted = torch.from_numpy(reference.decode_mean(expected, codebook, np.float32(1 / 3))).to(dtype)
-    same_bits = torch.int32 if dtype == torch.float32 else torch.int16
-    assert torch.equal(mean.view(same_bits), wanted.view(same_bits))
+    wanted = reference.decode_mean(expected, codebook, np.float32(1 / 3))
+    if dtype == torch.bfloat16:
+        np.testing.assert_array_equal(mean.view(torch.uint16).numpy(), reference.bfloat16_bits(wanted))
+    else:
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(mean.view(bits), torch.from_numpy(wanted).to(dtype).view(bits))
 
 
 @pytest.mark.parametrize(("bits", "method", "dtype", "narrow"), VARIANTS)
@@ -133,3 +136,16 @@ def test_fused_multiply_add_of_the_reference_is_correctly_rounded() -> None:
         error = abs(Fraction(float(found[index])) - exact)
         assert error <= abs(Fraction(float(below)) - exact)
         assert error <= abs(Fraction(float(above)) - exact)
+
+
+def test_rounding_to_bfloat16_is_torchs_with_one_nan() -> None:
+    words = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
+    words[:6] = [0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF, 0x80000000]
+    values = words.view(np.float32)
+    found = np.empty(values.size, dtype=np.uint16)
+    round_to_bfloat16(values, found)
+    np.testing.assert_array_equal(found, reference.bfloat16_bits(values))
+    is_nan = np.isnan(values)
+    assert set(found[is_nan]) == {0x7FC0}
+    wanted = torch.from_numpy(values[~is_nan]).to(torch.bfloat16).view(torch.uint16).numpy()
+    np.testing.assert_array_equal(found[~is_nan], wanted)
