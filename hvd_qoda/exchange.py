@@ -29,6 +29,7 @@ from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.wire import MessageContext
+from qoda_kernels.worker_threads import WorkerThreads
 
 __all__ = [
     "AllGatherExchange",
@@ -128,12 +129,21 @@ class AllGatherExchange:
         codebooks: codebooks of the plan's keys.
         transport: the ranks.
         name: of the collective: the same on every rank, and its own for every exchange.
+        threads: what runs the codec; by default the calling thread.
     """
 
-    def __init__(self, plan: MessagePlan, codebooks: Mapping[str, Codebook], transport: Transport, name: str) -> None:
+    def __init__(
+        self,
+        plan: MessagePlan,
+        codebooks: Mapping[str, Codebook],
+        transport: Transport,
+        name: str,
+        threads: WorkerThreads | None = None,
+    ) -> None:
         self.plan = plan
         self.waiting_for = f"{name}.all_gather"
         self._transport = transport
+        self._threads = threads
         self._message = torch.empty(plan.message_bytes, dtype=torch.uint8)
         self._handle: Handle | None = None
         self._stamp = Stamp(0, 0, 0)
@@ -194,7 +204,7 @@ class AllGatherExchange:
         return OwnMessage(message, stamp, self._transport.rank, self.plan, (share,), _used(self.plan, codebooks))
 
     def _make_share(self, codebooks: Mapping[str, Codebook]) -> "_Share":
-        return _Share(self.plan, _pieces(self.plan, self.plan), Codec(self.plan, codebooks))
+        return _Share(self.plan, _pieces(self.plan, self.plan), Codec(self.plan, codebooks, self._threads))
 
 
 class ReduceScatterExchange:
@@ -205,13 +215,22 @@ class ReduceScatterExchange:
         codebooks: codebooks of the plan's keys.
         transport: the ranks.
         name: of the collectives: the same on every rank, and its own for every exchange.
+        threads: what runs the codec; by default the calling thread.
     """
 
-    def __init__(self, plan: MessagePlan, codebooks: Mapping[str, Codebook], transport: Transport, name: str) -> None:
+    def __init__(
+        self,
+        plan: MessagePlan,
+        codebooks: Mapping[str, Codebook],
+        transport: Transport,
+        name: str,
+        threads: WorkerThreads | None = None,
+    ) -> None:
         self.plan = plan
         self._wide = _in_float32(plan, codebooks)
         self._name = name
         self._transport = transport
+        self._threads = threads
         self.use_codebooks(codebooks)
         self._bytes = [share.plan.message_bytes for share in self._shares]
         own = self._shares[transport.rank].plan
@@ -305,7 +324,7 @@ class ReduceScatterExchange:
 
     def _make_shares(self, codebooks: Mapping[str, Codebook]) -> tuple["_Share", ...]:
         plans = self._wide.split(self._transport.size)
-        return tuple(_Share(plan, _pieces(self._wide, plan), Codec(plan, codebooks)) for plan in plans)
+        return tuple(_Share(plan, _pieces(self._wide, plan), Codec(plan, codebooks, self._threads)) for plan in plans)
 
     def _wait_for_first_phase(self) -> None:
         transport = self._transport
@@ -426,7 +445,12 @@ def exchange_by_bytes(plan: MessagePlan, codebooks: Mapping[str, Codebook], size
 
 
 def make_exchange(
-    scheme: str, plan: MessagePlan, codebooks: Mapping[str, Codebook], transport: Transport, name: str
+    scheme: str,
+    plan: MessagePlan,
+    codebooks: Mapping[str, Codebook],
+    transport: Transport,
+    name: str,
+    threads: WorkerThreads | None = None,
 ) -> Exchange:
     """Exchange of a plan by a scheme.
 
@@ -436,6 +460,7 @@ def make_exchange(
         codebooks: codebooks of the plan's keys.
         transport: the ranks.
         name: of its collectives.
+        threads: what runs the codec; by default the calling thread.
 
     Raises:
         ConfigError: for another scheme.
@@ -443,9 +468,9 @@ def make_exchange(
     if scheme == "auto":
         scheme = exchange_by_bytes(plan, codebooks, transport.size)
     if scheme == "allgather":
-        return AllGatherExchange(plan, codebooks, transport, name)
+        return AllGatherExchange(plan, codebooks, transport, name, threads)
     if scheme == "reduce_scatter":
-        return ReduceScatterExchange(plan, codebooks, transport, name)
+        return ReduceScatterExchange(plan, codebooks, transport, name, threads)
     raise ConfigError(f"exchange must be allgather, reduce_scatter or auto; got {scheme!r}")
 
 

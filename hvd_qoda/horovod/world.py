@@ -1,5 +1,6 @@
 """What a compressor holds for the ranks that it runs among now; made anew when they change (elastic training)."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from hvd_qoda.traffic import TrafficMeter
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.registry import COMPRESSIBLE_DTYPES, CodebookRegistry, ParameterEntry
+from qoda_kernels.worker_threads import WorkerThreads, allotted_threads
 
 __all__ = ["Route", "World"]
 
@@ -51,6 +53,7 @@ class World:
         self.transport = HorovodTransport(process_set, meter, config.timeout_s)
         self.tokens = TokenScale(self.transport.ranks, self.transport.rank)
         self.pending = PendingExchanges(config.timeout_s, f"rank {self.transport.ranks[self.transport.rank]}")
+        self._threads = WorkerThreads(allotted_threads(os.environ))
         self._routes: dict[tuple[str, torch.dtype], Route] = {}
 
     def is_current(self) -> bool:
@@ -98,6 +101,6 @@ class World:
         slices = [Slice(name, 0, entry.numel, dtype, entry.codebook, entry.offset)]
         plan = MessagePlan.build(slices, registry.codebooks)
         exchange = make_exchange(
-            self._config.exchange, plan, registry.codebooks, self.transport, f"{self._name}.{name}"
+            self._config.exchange, plan, registry.codebooks, self.transport, f"{self._name}.{name}", self._threads
         )
         return Route(entry, exchange, by_host=False)
