@@ -160,21 +160,21 @@ def table_of(size: str, timings: dict[str, Timing]) -> Table:
     return table
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
     torch.set_num_threads(1)
     console = Console()
     results = {}
-    for size in arguments.sizes:
-        gradient = torch.randn(SIZES[size], generator=torch.Generator().manual_seed(arguments.seed))
-        rounds = arguments.rounds * {"25M": 1, "1M": 5, "64K": 30}[size]
+    for size in options.sizes:
+        gradient = torch.randn(SIZES[size], generator=torch.Generator().manual_seed(options.seed))
+        rounds = options.rounds * {"25M": 1, "1M": 5, "64K": 30}[size]
         timings = measure(gradient, rounds)
         console.print(table_of(size, timings))
         results[size] = ratios(timings)
     for size, figures in results.items():
         console.print(size, {name: round(value, 3) for name, value in figures.items() if value is not None})
-    if arguments.json is not None:
-        write_json(arguments.json, results)
+    if options.json is not None:
+        write_json(options.json, results)
 
 
 if __name__ == "__main__":

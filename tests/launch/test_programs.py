@@ -15,7 +15,14 @@ pytest.importorskip("horovod.torch")
 from launch.train.options import LEARNING_RATES, build_parser, parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("launch/train/mnist.py", "launch/train/demo.py", "launch/bench/convergence.py")
+PROGRAMS = (
+    "launch/train/mnist.py",
+    "launch/train/demo.py",
+    "launch/bench/codec.py",
+    "launch/bench/convergence.py",
+    "launch/bench/entropy.py",
+    "launch/bench/gpu.py",
+)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
