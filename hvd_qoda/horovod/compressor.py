@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from torch import nn
 
 from hvd_qoda.agreement import check_agreement
 from hvd_qoda.config import QodaConfig
-from hvd_qoda.errors import ConfigError, QodaError
+from hvd_qoda.errors import ConfigError, QodaError, RegistryError
 from hvd_qoda.exchange import Stamp
 from hvd_qoda.horovod.gradient_index import GradientIndex
 from hvd_qoda.horovod.token import TOKEN_BYTES
@@ -70,7 +71,7 @@ class QodaCompressor:
         name: what the names of its collectives begin with; the same on every rank.
 
     Raises:
-        RegistryError: for layer rules that match nothing, or settings that no codebook can have.
+        RegistryError: for layer rules that match nothing, settings that no codebook can have, or a name given twice.
     """
 
     def __init__(
@@ -82,6 +83,9 @@ class QodaCompressor:
         name: str = "",
     ) -> None:
         pairs = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
+        repeated = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        if repeated:
+            raise RegistryError(f"parameter names are not unique: {', '.join(repeated)}")
         self._config = config
         self._given_name = name
         self._registry = config.build_registry(parameters if isinstance(parameters, nn.Module) else pairs)

@@ -132,6 +132,8 @@ def test_a_parameter_given_twice_is_refused() -> None:
     shared = nn.Parameter(torch.zeros(3))
     with pytest.raises(RegistryError, match="one tensor"):
         Compression.qoda([("a", shared), ("b", shared)])
+    with pytest.raises(RegistryError, match="not unique: a"):
+        Compression.qoda([("a", shared), ("a", nn.Parameter(torch.zeros(3)))])
 
 
 def test_importing_hvd_qoda_needs_no_horovod() -> None:
