@@ -137,9 +137,11 @@ def paired_differences(
 
 def table(result: Mapping[str, Any]) -> Table:
     """The comparison as it is printed."""
-    drawn = Table(title=result["title"], caption="mean ± standard deviation (least .. largest) over the seeds")
+    drawn = Table(
+        title=result["title"], caption="mean ± standard deviation over the seeds, and least .. largest", show_lines=True
+    )
     drawn.add_column("")
-    for heading in ("training loss", "test loss", "test accuracy", "bytes per rank and step"):
+    for heading in ("training loss", "test loss", "test accuracy", "bytes/step"):
         drawn.add_column(heading, justify="right")
     for name, case in result["cases"].items():
         scores = case["scores"]
@@ -155,7 +157,7 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def _range(values: Mapping[str, float], form: str) -> str:
     mean, spread, least, largest = (form.format(values[key]) for key in ("mean", "std", "min", "max"))
-    return f"{mean} ± {spread} ({least} .. {largest})"
+    return f"{mean} ± {spread}\n{least} .. {largest}"
 
 
 def _described(differences: Mapping[str, Mapping[str, float | None]]) -> str:

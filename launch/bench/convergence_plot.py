@@ -28,7 +28,7 @@ def draw_scores(path: Path, title: str, runs: Mapping[str, Sequence[Mapping[str,
     for axes, (score, heading) in zip(panels, headings.items(), strict=True):
         _draw_score(axes, {name: [float(run[score]) for run in of_name] for name, of_name in runs.items()}, reference)
         axes.set_title(heading, fontsize=10.5)
-    panels[-1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    panels[-1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=2))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
