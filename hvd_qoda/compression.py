@@ -44,8 +44,9 @@ class Compression:
         Works with every option of `hvd.DistributedOptimizer` but op=hvd.Adasum, groups with sparse gradients, and
         `hvd.join()`. One compressor per model: with two optimizers whose steps alternate (a GAN), make one for each.
 
-        The exchange "auto" sends fewer bytes: an all-gather with two ranks and for small layers, else a reduce-scatter
-        followed by an all-gather, which quantizes twice. It does not measure the link.
+        The exchange "auto" looks at bytes only, layer by layer: an all-gather with two ranks and for small layers;
+        where it saves 64 KiB or more, a reduce-scatter followed by an all-gather, which quantizes twice. It does not
+        measure the link.
 
         Args:
             model_or_named_parameters: the model; or (name, parameter) pairs, from whose names the layer types are then
