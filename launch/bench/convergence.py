@@ -7,6 +7,7 @@ start from the same weights and see the same batches. Writes every run's scores 
 """
 
 import argparse
+import json
 import math
 import shlex
 import statistics
@@ -24,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from launch.bench.convergence_plot import draw_scores
-from launch.train.job import Job, JobError, interrupt_on_terminate, program_path, run_job
-from launch.train.options import LEVELS, HelpFormatter, not_negative, positive, steps_list
+from launch.train.job import SUMMARY_FILE, Job, JobError, interrupt_on_terminate, program_path, run_job
+from launch.train.options import LEVELS, HelpFormatter, not_negative, parse_options, positive, steps_list
 from launch.train.summary import write_everywhere
 
 _RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -60,6 +61,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of all runs")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/convergence"), help="where the runs' records go")
+    parser.add_argument(
+        "--reuse", action="store_true", help="take over runs of equal options that --run-dir holds from an earlier call"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="scores; None: launch/results/convergence-DATA.json")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="picture; None: launch/results/convergence-DATA.png")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="longest time for one run")
@@ -79,17 +83,30 @@ def cases(arguments: argparse.Namespace) -> tuple[Case, ...]:
     )
 
 
+def earlier_summary(job: Job) -> dict[str, Any] | None:
+    """The summary that this very job has left in its run directory, if it was run to its end before."""
+    path = job.run_dir / SUMMARY_FILE
+    if not path.is_file():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text())
+    options = parse_options("", [*job.arguments, "--run-dir", str(job.run_dir)]).as_json()
+    same = summary["options"] == json.loads(json.dumps(options)) and summary["ranks"] == job.ranks
+    return summary if same else None
+
+
 def run_case(case: Case, seed: int, arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """One run; returns its scores."""
     common = ["--data", arguments.data, "--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size)]
     common += ["--learning-rate", str(arguments.learning_rate), "--seed", str(seed)]
     folder = arguments.run_dir / f"{case.name.replace(', ', '-').lower()}-seed{seed}"
     job = Job(program_path("mnist.py"), (*common, *case.options), arguments.ranks, folder, arguments.timeout)
-    task = progress.add_task(f"{case.name}, seed {seed}", total=arguments.steps)
-    try:
-        summary = run_job(job, lambda record: progress.update(task, completed=record["step"]))
-    finally:
-        progress.remove_task(task)
+    summary = earlier_summary(job) if arguments.reuse else None
+    if summary is None:
+        task = progress.add_task(f"{case.name}, seed {seed}", total=arguments.steps)
+        try:
+            summary = run_job(job, lambda record: progress.update(task, completed=record["step"]))
+        finally:
+            progress.remove_task(task)
     if not summary["replicas_identical"]:
         raise JobError(f"{case.name}, seed {seed}: the ranks hold different parameters at the end")
     return {"seed": seed, **{key: summary[key] for key in (*_SCORES, "dataset", "parameters", "step_ms")}}

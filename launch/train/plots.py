@@ -47,6 +47,7 @@ def running_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarra
 
 
 def _draw_losses(axes: Axes, runs: Mapping[str, Sequence[StepRecord]], colours: Mapping[str, str]) -> None:
+    first = next(iter(runs))
     for name, records in runs.items():
         steps = [record.step for record in records]
         losses = [record.scalars["loss"] for record in records]
@@ -54,7 +55,8 @@ def _draw_losses(axes: Axes, runs: Mapping[str, Sequence[StepRecord]], colours: 
         axes.plot(steps, losses, color=colours[name], alpha=0.18, linewidth=0.8)
         # Of the logarithms, as the axis is logarithmic: else one hard batch hides those around it.
         smooth = np.exp(running_mean(np.log(np.maximum(losses, _LEAST_LOSS)), window))
-        axes.plot(steps, smooth, color=colours[name], linewidth=1.8, label=name)
+        # The first, plain run is drawn broad, to be seen below another that follows it closely.
+        axes.plot(steps, smooth, color=colours[name], linewidth=1.6 if name != first else 4.0, label=name)
     axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="cross entropy (nats)", title="Training loss, rank 0 (line: running geometric mean)")
     axes.legend(frameon=False)

@@ -15,10 +15,13 @@ from launch.bench.convergence import (
     ALL_GATHER,
     FP32,
     REDUCE_SCATTER,
+    earlier_summary,
     judge,
     paired_differences,
     statistics_of,
 )
+from launch.train.job import Job
+from launch.train.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,3 +87,25 @@ def test_the_program_writes_scores_and_picture(tmp_path: Path) -> None:
         assert [run["seed"] for run in case["runs"]] == [0]
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
     assert "QODAdam, reduce-scatter" in outcome.stdout
+    again = subprocess.run(
+        [sys.executable, "launch/bench/convergence.py", *arguments, "--reuse"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert json.loads((tmp_path / "scores.json").read_text())["cases"] == result["cases"]
+
+
+def test_only_a_run_of_equal_options_is_taken_over(tmp_path: Path) -> None:
+    def job(*arguments: str) -> Job:
+        return Job(Path("mnist.py"), arguments, 2, tmp_path)
+
+    assert earlier_summary(job("--steps", "3")) is None
+    options = parse_options("", ["--steps", "3", "--run-dir", str(tmp_path)]).as_json()
+    (tmp_path / "summary.json").write_text(json.dumps({"options": options, "ranks": 2}))
+    assert earlier_summary(job("--steps", "3")) is not None
+    assert earlier_summary(job("--steps", "4")) is None
+    assert earlier_summary(job("--steps", "3", "--update-levels-at", "5")) is None
