@@ -230,6 +230,8 @@ class QodaCompressor:
             self._registry = registry
             self._levels.load_state_dict(state["levels"])
             self._step = int(state["step"])
+            if self._telemetry is not None:
+                self._telemetry.rewind(self._step)
             if self._vectors is not None:
                 self._load_private_state(self._vectors, state["rank_private"])
 
@@ -257,10 +259,10 @@ class QodaCompressor:
     def _begin_step(self, world: World) -> None:
         if not self._agreed:
             # Under a name of its own, because this compressor's name depends on what is to be agreed upon.
-            world.transport.start_roll_call("hvd_qoda.agreement.roll_call")
+            world.transport.require_roll_call("hvd_qoda.agreement.roll_call")
             check_agreement(world.transport, self._description())
             self._agreed = True
-        world.transport.start_roll_call(f"{self._name}.roll_call")
+        world.transport.require_roll_call(f"{self._name}.roll_call")
         self._step += 1
         self._taken = set()
         self._account = StepAccount()
@@ -376,7 +378,7 @@ class QodaCompressor:
     def _private_state(self) -> dict[str, Any] | None:
         if self._vectors is None:
             return None
-        transport = self._connected().transport
+        transport = (self._world or self._connected()).transport  # Horovod may have been shut down since
         return {"rank": transport.rank, "size": transport.size, **self._vectors.state_dict()}
 
     def _load_private_state(self, vectors: WorkerVectors, state: Mapping[str, Any] | None) -> None:

@@ -2,9 +2,9 @@
 
 Why there is a roll call. A rank that has called `hvd.join()` takes part in all-reduces with zeros. All-gathers and
 all-to-alls are refused, but only while they are new: once Horovod has cached them, it runs them on the joined rank too,
-without a tensor, and that rank crashes or hangs. So every step begins with an all-reduce of ones, which a joined rank
-answers with zeros, and no payload leaves before its answer is there. Nobody waits for it: what is started before is
-queued, and leaves when something is started or asked for later.
+without a tensor, and that rank crashes or hangs. So the first collective of a step is an all-reduce of ones, which a
+joined rank answers with zeros, and no other one starts before its answer is there. Nobody waits for it: what is started
+before is queued, and leaves when something is started or asked for later.
 """
 
 from collections import deque
@@ -53,7 +53,9 @@ class HorovodTransport:
             )
         self.rank = int(self._process_set.rank())
         self.size = int(self._process_set.size())
+        self._next_roll_call: str | None = None
         self._roll_call: int | None = None
+        self._joined = False
         self._queue: deque[_HorovodHandle] = deque()
 
     @property
@@ -61,19 +63,17 @@ class HorovodTransport:
         """Changes when Horovod was started anew with other members (elastic training)."""
         return int(self._process_set.process_set_id), self.rank, self.ranks
 
-    def start_roll_call(self, name: str) -> None:
+    def require_roll_call(self, name: str) -> None:
         """Hold back what is started from now on until every rank has shown that it still takes part.
 
-        Only all ranks together can be left by `hvd.join()`, so within a smaller process set this does nothing.
+        Only all ranks together can be left by `hvd.join()`, so within a smaller process set this does nothing. If then
+        a rank has joined, whatever is started or waited for raises UnsupportedError.
 
-        Raises:
-            UnsupportedError: later, from whatever is started or waited for, on every rank that has not joined.
+        Args:
+            name: of the all-reduce: the same on every rank, and not under way.
         """
-        if self.size == 1 or self._process_set.process_set_id != 0:
-            return
-        ones = torch.ones(1)
-        self.meter.all_reduce(ones.numel() * ones.itemsize, self.size)
-        self._roll_call = hvd.allreduce_async_(ones, name=name, op=hvd.Sum, process_set=self._process_set)
+        if self.size > 1 and self._process_set.process_set_id == 0:
+            self._next_roll_call = name
 
     def start_all_gather(self, message: torch.Tensor, receive_bytes: Sequence[int], name: str) -> Handle:
         """See `hvd_qoda.transport.Transport`."""
@@ -99,6 +99,11 @@ class HorovodTransport:
     def _start(self, start: Callable[[], int], name: str, receive_bytes: Sequence[int]) -> Handle:
         handle = _HorovodHandle(self, start, name, receive_bytes)
         self._queue.append(handle)
+        if self._next_roll_call is not None:
+            ones = torch.ones(1)
+            self.meter.all_reduce(ones.nbytes, self.size)
+            self._roll_call = hvd.allreduce_async_(ones, name=self._next_roll_call, op=hvd.Sum)
+            self._next_roll_call = None
         self.release()
         return handle
 
@@ -112,10 +117,9 @@ class HorovodTransport:
             if not hvd.poll(self._roll_call):
                 return
             roll_call, self._roll_call = self._roll_call, None
-            present = round(hvd.synchronize(roll_call).item())
-            if present != self.size:
-                self._queue.clear()
-                raise join_error()
+            self._joined = round(hvd.synchronize(roll_call).item()) != self.size
+        if self._joined:
+            raise join_error()
         while self._queue:
             self._queue.popleft().submit()
 

@@ -213,6 +213,19 @@ def test_horovod_join_is_refused_2(two_ranks: RankPool, scheme: str, steps_befor
     assert all("hvd.join()" in message and "same number of batches" in message for message in others)
 
 
+def joined_without_compression() -> None:
+    """Where nothing is compressed, Horovod does everything itself, and ranks may join."""
+    model = make_model()
+    own = "joined-32."
+    optimizer = make_optimizer(model, make_qoda(model, bits=32, name=own), prefix=own)
+    train(model, optimizer, range(2 + hvd.rank()))
+    hvd.join()
+
+
+def test_horovod_join_works_where_nothing_is_compressed(two_ranks: RankPool) -> None:
+    two_ranks.run(joined_without_compression)
+
+
 @pytest.mark.parametrize("scheme", ["allgather", "reduce_scatter"])
 def test_horovod_join_is_refused_4(four_ranks: RankPool, scheme: str) -> None:
     *others, last = four_ranks.run(joined, scheme, 3)
