@@ -47,9 +47,9 @@ class StepAccount:
     def add_error(self, key: str, values: torch.Tensor, decoded: torch.Tensor) -> None:
         """Note the quantization error of one tensor: `values` sent, `decoded` arrived; both 1-D."""
         sums = self._sums.setdefault(key, _Sums())
-        exact = values.float()
-        sums.squared_error += float((decoded - exact).square().sum(dtype=torch.float64))
-        sums.squared_norm += float(exact.square().sum(dtype=torch.float64))
+        exact = values.double()  # the squares of very small or large gradients do not fit float32
+        sums.squared_error += float((decoded.double() - exact).square().sum())
+        sums.squared_norm += float(exact.square().sum())
         sums.measured = True
 
     def add_exact(self, key: str) -> None:

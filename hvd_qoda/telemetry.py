@@ -378,12 +378,26 @@ class Telemetry:
                 states.remove(found)
                 sink.load_state_dict(found[1])
 
+    def rewind(self, step: int) -> None:
+        """Expect the steps after `step` once more, as elastic training does that goes back to an earlier state.
+
+        The open record is written first. Sinks are told by another start record; readers keep the steps done last.
+        """
+        self._check_not_closed()
+        if self.last_step is None or self.last_step <= step:
+            return
+        self._flush(self.on_error)
+        self._written_step = step
+        if self._announced is not None:
+            self._announce()
+
     def _loop_step(self, step: int | None) -> int:
         if step is None:
             if self._open is None:
                 raise TelemetryError(
                     "log() without step=, and no step is open: call it after the optimizer step whose gradients were "
-                    "exchanged with this telemetry, and before flush(); without a compressor pass step="
+                    "exchanged with this telemetry, and before flush(). Without a compressor, and with one process, "
+                    "where the host exchanges nothing, pass step="
                 )
             return self._open.step
         step = operator.index(step)

@@ -183,3 +183,16 @@ def test_a_full_disk_costs_only_the_records_that_did_not_fit(tmp_path: Path) -> 
 def test_start_comes_first(tmp_path: Path) -> None:
     with pytest.raises(TelemetryError, match=r"start\(\) comes before write\(\)"):
         JsonLinesSink(tmp_path / "run.jsonl").write(StepRecord(0))
+
+
+def test_steps_done_again_after_a_rewind_replace_the_earlier_ones(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    with Telemetry([JsonLinesSink(path)]) as telemetry:
+        for step in (1, 2, 3):
+            telemetry.log(step, loss=float(step))
+        telemetry.rewind(1)
+        telemetry.rewind(5)  # nothing beyond it: no effect
+        for step in (2, 3, 4):
+            telemetry.log(step, loss=10.0 * step)
+    found = [(record.step, record.scalars["loss"]) for record in read_steps(path)]
+    assert found == [(1, 1.0), (2, 20.0), (3, 30.0), (4, 40.0)]
