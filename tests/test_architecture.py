@@ -26,6 +26,7 @@ ABOVE = {
 KERNELS_MAY_IMPORT = {"numpy", "numba", "llvmlite", "torch", "qoda_kernels"}
 TOP_LEVEL = {
     ".ci",
+    ".containerignore",
     ".gitignore",
     "CHANGELOG.md",
     "LICENSE",
