@@ -34,8 +34,8 @@ class QODAdam(EagerStateOptimizer):
     that is taken back is the one that was made. weight_decay is decoupled: :math:`Z_{t+1} = (1 - a w) Z_t - a u_t`.
 
     lr: a. betas: decay of the two moments, each in [0, 1). eps: added to the root. weight_decay: w. All may differ
-    between groups. The GAN code has betas of (0.5, 0.9); on small classifiers that learnt more slowly in the first few
-    hundred steps than Adam's second beta, 0.999, which is the default here.
+    between groups. The GAN code has betas of (0.5, 0.9); on small classifiers those, and (0.5, 0.999), learnt more
+    slowly in the first few hundred steps than Adam's (0.9, 0.999), which are the default here.
 
     State per parameter, in float32 (float64 for float64 parameters): both moments and the extrapolation a u_{t-1}. A
     half-precision parameter is rounded once per step; no float32 copy of it is kept. A parameter without gradient is
@@ -47,7 +47,7 @@ class QODAdam(EagerStateOptimizer):
         self,
         params: Parameters,
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.5, 0.999),
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
