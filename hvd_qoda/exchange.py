@@ -15,7 +15,6 @@ for one parameter's second phase before it had sent another's would stop every r
 An exchange is made once per plan and keeps its message buffers. It carries one round at a time.
 """
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -387,19 +386,20 @@ class PendingExchanges:
     def __init__(self, timeout_s: float, where: str) -> None:
         self._timeout_s = timeout_s
         self._where = where
-        self._first_phase: deque[Exchange] = deque()
+        self._first_phase: list[Exchange] = []
         self._all: dict[int, Exchange] = {}
 
     def __len__(self) -> int:
         return len(self._all)
 
     def add(self, exchange: Exchange) -> None:
-        """Take over a started exchange, and advance the oldest ones that can be advanced."""
+        """Take over a started exchange.
+
+        Nothing is advanced here: how many collectives a rank has started at a line of the user's program must not
+        depend on time (see `hvd_qoda.horovod.transport`).
+        """
         self._all[id(exchange)] = exchange
         self._first_phase.append(exchange)
-        # Only from the front: asking every exchange each time would cost the square of their number.
-        while self._first_phase and self._first_phase[0].advance():
-            self._first_phase.popleft()
 
     def finish(self, exchange: Exchange, out: Sequence[torch.Tensor], scale: float = 1.0) -> None:
         """Wait for one exchange while all others advance, and decode it; see `Exchange.finish`."""
@@ -421,7 +421,7 @@ class PendingExchanges:
     def _advance_until(self, exchange: Exchange) -> bool:
         # All of them, in whatever order they become ready: ranks differ in the order of their gradients.
         if self._first_phase:
-            self._first_phase = deque(waiting for waiting in self._first_phase if not waiting.advance())
+            self._first_phase = [waiting for waiting in self._first_phase if not waiting.advance()]
         return exchange.ready()
 
 

@@ -3,8 +3,12 @@
 Why there is a roll call. A rank that has called `hvd.join()` takes part in all-reduces with zeros. All-gathers and
 all-to-alls are refused, but only while they are new: once Horovod has cached them, it runs them on the joined rank too,
 without a tensor, and that rank crashes or hangs. So the first collective of a step is an all-reduce of ones, which a
-joined rank answers with zeros, and no other one starts before its answer is there. Nobody waits for it: what is started
-before is queued, and leaves when something is started or asked for later.
+joined rank answers with zeros, and no other one starts before its answer is there. The first few that are to start are
+held back meanwhile, so that there is usually nothing to wait for when the next one comes.
+
+Why nothing here depends on time. Users' operations without names, such as `hvd.allreduce(loss)`, are matched between
+ranks by the number of operations that each process has started before. So wherever the user's program can be, every
+rank must have started equally many, and what is held back leaves when so many have come, not when the answer has.
 """
 
 from collections import deque
@@ -20,6 +24,8 @@ from hvd_qoda.traffic import TrafficMeter
 from hvd_qoda.transport import DEFAULT_TIMEOUT_S, Handle, wait_until
 
 __all__ = ["HorovodTransport", "join_error"]
+
+_HELD_BACK = 2
 
 
 class HorovodTransport:
@@ -104,24 +110,26 @@ class HorovodTransport:
             self.meter.all_reduce(ones.nbytes, self.size)
             self._roll_call = hvd.allreduce_async_(ones, name=self._next_roll_call, op=hvd.Sum)
             self._next_roll_call = None
-        self.release()
+        if self._roll_call is None or len(self._queue) > _HELD_BACK:
+            wait_until(self.release, self.timeout_s, lambda: f"rank {hvd.rank()}: roll call of the ranks {self.ranks}")
         return handle
 
-    def release(self) -> None:
-        """Let go what the roll call has held back, if it has been answered.
+    def release(self) -> bool:
+        """Let go what the roll call has held back, if it has been answered; returns whether it has.
 
         Raises:
             UnsupportedError: if a rank has joined.
         """
         if self._roll_call is not None:
             if not hvd.poll(self._roll_call):
-                return
+                return False
             roll_call, self._roll_call = self._roll_call, None
             self._joined = round(hvd.synchronize(roll_call).item()) != self.size
         if self._joined:
             raise join_error()
         while self._queue:
             self._queue.popleft().submit()
+        return True
 
 
 class _HorovodHandle:
