@@ -31,6 +31,7 @@ from qoda_kernels.wire import MessageContext
 from qoda_kernels.worker_threads import WorkerThreads
 
 __all__ = [
+    "WORTH_A_ROUND_TRIP_BYTES",
     "AllGatherExchange",
     "Exchange",
     "OwnMessage",
@@ -41,8 +42,10 @@ __all__ = [
     "make_exchange",
 ]
 
+WORTH_A_ROUND_TRIP_BYTES = 2**16
+"""What a second phase must save; half a millisecond at 1 Gbit/s."""
+
 _REFUSAL = b"REFUSED"
-_WORTH_A_ROUND_TRIP_BYTES = 2**16  # half a millisecond at 1 Gbit/s
 
 
 @dataclass(frozen=True)
@@ -444,7 +447,7 @@ def exchange_by_bytes(plan: MessagePlan, codebooks: Mapping[str, Codebook], size
     shares = sum(share.message_bytes for share in _in_float32(plan, codebooks).split(size))
     # A rank sends its message K-1 times; or, on average over the ranks, (K-1)/K of all shares in each of two phases.
     saved = (size - 1) * plan.message_bytes - 2 * (size - 1) / size * shares
-    return "reduce_scatter" if saved >= _WORTH_A_ROUND_TRIP_BYTES else "allgather"
+    return "reduce_scatter" if saved >= WORTH_A_ROUND_TRIP_BYTES else "allgather"
 
 
 def make_exchange(
