@@ -1,11 +1,12 @@
-"""Runs functions in real Horovod ranks on the loopback interface of this machine.
+"""Runs functions in real ranks, of Horovod or of torch.distributed, on the loopback interface of this machine.
 
 Several checks share one set of processes, because starting a rank takes seconds:
 
     with RankPool(2) as ranks:
         results = ranks.run(check_something, 3, bits=5)      # a list: each rank's return value, in rank order
 
-`check_something(3, bits=5)` runs in every rank, after `horovod.torch.init()`. It must be a top-level function of a
+`check_something(3, bits=5)` runs in every rank, after `horovod.torch.init()`; with `RankPool(2, host="torch")` after
+`torch.distributed.init_process_group("gloo")`, and without Horovod. It must be a top-level function of a
 module (a test file will do); arguments and results travel by pickle. An exception in any rank raises `RankError` in the
 caller, with the ranks' tracebacks. A rank that does not answer in time is stopped, with all others, and `RankError`
 shows where each of them was. After an error the pool starts new processes for the next call.
@@ -33,7 +34,7 @@ from functools import partial
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 90.0
@@ -55,20 +56,29 @@ class Outcome:
 
 
 class RankPool:
-    """`size` Horovod ranks of this machine, kept for several calls.
+    """`size` ranks of this machine, kept for several calls.
 
     Args:
         size: number of ranks.
         environment: variables added to the ranks' environment.
         prefix: command put in front of each rank's, e.g. ["ip", "netns", "exec", "x"].
+        host: "horovod", or "torch" for torch.distributed with gloo.
     """
 
-    def __init__(self, size: int, environment: Mapping[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        size: int,
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        host: Literal["horovod", "torch"] = "horovod",
+    ) -> None:
         self.size = size
+        self._host = host
         self._environment = dict(environment or {})
         self._prefix = list(prefix)
         self._ranks: list[_Rank] = []
         self._rendezvous: Any = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> "RankPool":
         return self
@@ -120,8 +130,27 @@ class RankPool:
         if self._rendezvous is not None:
             self._rendezvous.stop()
             self._rendezvous = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def _start(self) -> None:
+        host = self._horovod_variables() if self._host == "horovod" else self._torch_variables()
+        for variables in host:
+            self._ranks.append(_Rank({**child_environment(), **variables, **self._environment}, self._prefix))
+        self._collect(time.monotonic() + START_TIMEOUT_S, f"initialisation of {self._host}")
+
+    def _torch_variables(self) -> list[dict[str, str]]:
+        """Environment of every rank of torch.distributed; they meet at a file, which needs no free port."""
+        self._folder = tempfile.TemporaryDirectory()
+        meeting = f"file://{self._folder.name}/meeting"
+        return [
+            {"RANK": str(k), "WORLD_SIZE": str(self.size), "TEST_INIT_METHOD": meeting, "GLOO_SOCKET_IFNAME": "lo"}
+            for k in range(self.size)
+        ]
+
+    def _horovod_variables(self) -> list[dict[str, str]]:
+        """Environment of every Horovod rank."""
         from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
         from horovod.runner.http.http_server import RendezvousServer
 
@@ -129,8 +158,8 @@ class RankPool:
         slots = get_host_assignments(parse_hosts(f"{socket.gethostname()}:{self.size}"), self.size)
         port = self._rendezvous.start()
         self._rendezvous.init(slots)
-        for slot in slots:
-            variables = {
+        return [
+            {
                 "HOROVOD_HOSTNAME": str(slot.hostname),
                 "HOROVOD_RANK": str(slot.rank),
                 "HOROVOD_SIZE": str(slot.size),
@@ -144,8 +173,8 @@ class RankPool:
                 "HOROVOD_CONTROLLER": "gloo",
                 "HOROVOD_CPU_OPERATIONS": "gloo",
             }
-            self._ranks.append(_Rank({**child_environment(), **variables, **self._environment}, self._prefix))
-        self._collect(time.monotonic() + START_TIMEOUT_S, "horovod.torch.init")
+            for slot in slots
+        ]
 
     def _collect(self, deadline: float, what: str) -> list[Outcome]:
         """One outcome of each rank."""
@@ -275,17 +304,32 @@ def _serve(connection: Connection) -> None:
             path, name, args, kwargs = pickle.loads(call)
             outcome = _attempt(partial(_call, modules, path, name, args, kwargs))
             connection.send_bytes(pickle.dumps(outcome))
-    import horovod.torch as hvd
-
-    hvd.shutdown()
+    _shut_down()
 
 
 def _initialise() -> None:
-    import horovod.torch as hvd
     import torch
 
     torch.set_num_threads(1)
-    hvd.init()
+    meeting = os.environ.get("TEST_INIT_METHOD")
+    if meeting is None:
+        import horovod.torch as hvd
+
+        hvd.init()
+    else:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+
+
+def _shut_down() -> None:
+    if "TEST_INIT_METHOD" in os.environ:
+        import torch
+
+        torch.distributed.destroy_process_group()
+    else:
+        import horovod.torch as hvd
+
+        hvd.shutdown()
 
 
 def _call(modules: dict[str, ModuleType], path: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
