@@ -87,5 +87,7 @@ class Compression:
             ImportError: without Horovod.
         """
         from hvd_qoda.horovod import MeteredCompressor
+        from hvd_qoda.horovod.elastic import register_state_handler
 
+        register_state_handler()
         return MeteredCompressor(compression, process_set, telemetry)

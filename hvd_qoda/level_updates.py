@@ -4,6 +4,9 @@ In the steps before an update every rank gathers statistics of its own gradients
 exchange them and all add them up, in rank order and in float64; so between steps every rank holds the same statistics
 (one rank's checkpoint serves all), and at the beginning of a step of U every rank computes the same levels from them
 (QODA, arXiv 2505.14371, step 1). That they are the same is checked: `LevelUpdates.begin_step` compares digests.
+
+Not every step need begin by itself: while gradients of another step are still under way, levels cannot change. What was
+due at such a step is made up for by the next one that begins.
 """
 
 from collections.abc import Mapping
@@ -35,14 +38,19 @@ class LevelUpdates:
         self._keys = registry.adaptive_keys
         self._merged: dict[str, LevelStatistics] = {}  # the same on every rank
         self._own: dict[str, LevelStatistics] = {}  # of this rank in this step, by parameter
+        self._begun = 0  # the last step that has begun
 
     def begin_step(self, step: int, registry: CodebookRegistry, transport: Transport) -> CodebookRegistry:
         """The codebooks for a step, counted from 1: updated ones if the schedule says so.
 
+        An update is also made if it was due at a step since the last one that began.
+
         Raises:
             RankMismatchError: if the ranks have computed different levels.
         """
-        if not self._keys or not self._schedule.is_due(step):
+        due = any(self._schedule.is_due(each) for each in range(self._begun + 1, step + 1))
+        self._begun = step
+        if not self._keys or not due:
             return registry
         usable = {key: merged for key, merged in self._merged.items() if merged.squared_norm > 0.0}
         self._merged = {}
@@ -68,9 +76,12 @@ class LevelUpdates:
         self._own[parameter] = self._statistics.gather(values.float().numpy(), codebook.bucket_size, codebook.norm)
 
     def end_step(self, step: int, registry: CodebookRegistry, transport: Transport) -> None:
-        """Exchange and add up what this step has gathered; a collective call that waits, in sampling steps only."""
+        """Exchange and add up what has been gathered since a step began; a collective call that waits.
+
+        It does so only if one of the steps from that one to `step` belongs to the samples.
+        """
         own, self._own = self._own, {}
-        if not self._keys or not self._schedule.gathers(step):
+        if not self._keys or not any(self._schedule.gathers(each) for each in range(self._begun, step + 1)):
             return
         # In the model's order: hooks run in another order on every rank and in every run.
         parts: dict[str, list[LevelStatistics]] = {key: [] for key in self._keys}
@@ -88,15 +99,17 @@ class LevelUpdates:
         self._own = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics since the last update, as plain values; equal on all ranks."""
+        """The statistics since the last update and the last step that began, as plain values; equal on all ranks."""
         return {
             "statistics": self._schedule.statistics,
             "merged": {key: merged.to_array().tolist() for key, merged in self._merged.items()},
+            "begun": self._begun,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s values; statistics of another kind, or of codebooks that do not adapt, are dropped."""
         self._own = {}
+        self._begun = int(state["begun"])
         same_kind = state["statistics"] == self._schedule.statistics
         self._merged = {
             key: self._statistics.from_array(np.array(array, dtype=np.float64))

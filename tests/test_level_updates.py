@@ -144,8 +144,40 @@ def test_statistics_of_another_kind_are_dropped_on_loading() -> None:
     config = configuration()
     start = registry_of(config)
     updates = LevelUpdates(config.update_levels, start)
-    updates.load_state_dict({"statistics": "truncated_normal", "merged": {"feed_forward": [0.0] * 5}})
+    updates.load_state_dict({"statistics": "truncated_normal", "merged": {"feed_forward": [0.0] * 5}, "begun": 3})
     assert updates.state_dict()["merged"] == {}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_update_due_while_no_step_could_begin_is_made_up_for(resumed: bool) -> None:
+    """Steps 3 and 4 overlap: what was gathered in 3 counts, and the update due at 4 happens at 5, once."""
+    config = configuration()
+    start = registry_of(config)
+
+    def train(transport: Any) -> list[bytes]:
+        updates = LevelUpdates(config.update_levels, start)
+        registry = run_steps(updates, start, transport, range(1, 3))
+        registry = updates.begin_step(3, registry, transport)
+        for name in SIZES:
+            assert updates.wants(3, registry.parameters[name].codebook)
+            updates.gather(name, gradient(name, transport.rank, 3), registry)
+        updates.end_step(4, registry, transport)
+        if resumed:
+            state = json.loads(json.dumps(updates.state_dict()))
+            updates = LevelUpdates(config.update_levels, start)
+            updates.load_state_dict(state)
+        digests = [registry.digest]
+        for step in (5, 6):
+            registry = run_steps(updates, registry, transport, range(step, step + 1))
+            digests.append(registry.digest)
+        return digests
+
+    def in_time(transport: Any) -> bytes:
+        return run_steps(LevelUpdates(config.update_levels, start), start, transport, range(1, 5)).digest
+
+    group = InMemoryGroup(2)
+    wanted = group.run(in_time)[0]
+    assert group.run(train) == [[start.digest, wanted, wanted]] * 2
 
 
 def test_ranks_that_compute_other_levels_find_out() -> None:

@@ -8,8 +8,9 @@ into the gradient.
 Steps. Horovod does not tell the compressor when a step begins. It begins with the first `compress` after all earlier
 ones have been answered by `decompress`; levels change there and nowhere else. It ends with the `decompress` that
 answers the last one; statistics and worker norms are exchanged there, so that between steps all ranks hold the same
-state. Every step is one exchange and has a number of its own, on which the random numbers depend: accumulation, skipped
-steps and repeated calls of `synchronize()` count like any other.
+state. Where two optimizers share a compressor and gradients of one or the other are always under way, levels never
+change. Every step is one exchange and has a number of its own, on which the random numbers depend: accumulation,
+skipped steps and repeated calls of `synchronize()` count like any other.
 
 What travels as it is. Gradients with exact codebooks, and those of dtypes that cannot be quantized, are all-reduced by
 Horovod itself; but exact bfloat16 ones, which it cannot reduce, travel as bytes. Empty gradients do not travel.
@@ -49,7 +50,7 @@ from qoda_kernels.wire import WIRE_VERSION
 
 __all__ = ["QodaCompressor"]
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,8 @@ class QodaCompressor:
         if not self._outstanding:
             self._begin_step(world)
         elif name in self._taken:
-            # Gradients of another optimizer are still under way, but this one's begin a new exchange.
+            # Gradients of another optimizer are still under way, but this one's begin a new exchange. Levels cannot
+            # change meanwhile; the next step that begins with nothing under way makes up for it.
             self._step += 1
             self._taken = set()
         return world
@@ -372,7 +374,7 @@ class QodaCompressor:
             "codebook": {key: _summary(fields) for key, fields in registry["codebooks"].items()},
             "registry version": registry["version"],
             "step": self._step,
-            "statistics": self._levels.state_dict()["merged"],
+            "statistics": self._levels.state_dict(),
         }
 
     def _private_state(self) -> dict[str, Any] | None:

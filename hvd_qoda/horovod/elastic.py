@@ -11,6 +11,7 @@ from horovod.torch.elastic.state import StateHandler, get_handler_registry
 from horovod.torch.functions import broadcast_object
 
 from hvd_qoda.horovod.compressor import QodaCompressor
+from hvd_qoda.horovod.metered import MeteredCompressor
 
 __all__ = ["CompressorStateHandler", "register_state_handler"]
 
@@ -18,7 +19,7 @@ __all__ = ["CompressorStateHandler", "register_state_handler"]
 class CompressorStateHandler(StateHandler):
     """Keeps a compressor's state for Horovod's elastic training."""
 
-    def __init__(self, compressor: QodaCompressor) -> None:
+    def __init__(self, compressor: QodaCompressor | MeteredCompressor) -> None:
         super().__init__(compressor)
         self.save()
 
@@ -32,7 +33,7 @@ class CompressorStateHandler(StateHandler):
 
     def sync(self) -> None:
         """Take over rank 0's state."""
-        common = {**self.value.state_dict(), "rank_private": None}
+        common = {key: None if key == "rank_private" else value for key, value in self.value.state_dict().items()}
         self.value.load_state_dict(broadcast_object(common, root_rank=0, name="hvd_qoda.state"))
         self.save()
 
@@ -40,5 +41,6 @@ class CompressorStateHandler(StateHandler):
 def register_state_handler() -> None:
     """Tell Horovod's `TorchState` how to keep compressors; a second call does nothing."""
     registry = get_handler_registry()
-    if not any(handled is QodaCompressor for handled, _ in registry):
-        registry.append((QodaCompressor, CompressorStateHandler))
+    for compressor in (QodaCompressor, MeteredCompressor):
+        if not any(handled is compressor for handled, _ in registry):
+            registry.append((compressor, CompressorStateHandler))

@@ -1,12 +1,15 @@
 """Bytes of Horovod's own compressors, counted as ours are: for baselines that are measured alike."""
 
 import threading
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import horovod.torch as hvd
 import torch
 
+from hvd_qoda.errors import ConfigError, QodaError
 from hvd_qoda.telemetry import LayerTypeRecord, Telemetry
 from hvd_qoda.traffic import Traffic, TrafficMeter, all_reduce_bytes
 
@@ -14,6 +17,8 @@ __all__ = ["HorovodCompression", "MeteredCompressor"]
 
 ALL_LAYERS = "all"
 """Layer type under which everything is recorded: Horovod's compressors treat all layers alike."""
+
+STATE_FORMAT = 1
 
 
 class HorovodCompression(Protocol):
@@ -24,6 +29,13 @@ class HorovodCompression(Protocol):
 
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """The gradient, from what the all-reduce returned."""
+
+
+class _Call:
+    """One `compress` that Horovod has not yet answered by `decompress`."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
 
 
 class MeteredCompressor:
@@ -43,7 +55,8 @@ class MeteredCompressor:
         self._telemetry = telemetry
         self._meter = TrafficMeter()
         self._lock = threading.RLock()
-        self._outstanding = 0
+        # Weak: Horovod forgets the calls of a step that its optimizer's load_state_dict() throws away.
+        self._outstanding: weakref.WeakSet[_Call] = weakref.WeakSet()
         self._step = 0
         self._sums = _Sums()
 
@@ -61,27 +74,56 @@ class MeteredCompressor:
         """Called by Horovod."""
         with self._lock:
             compressed, context = self._compression.compress(tensor)
-            if self._outstanding == 0:
+            if not self._outstanding:
                 self._step += 1
                 self._sums = _Sums()
-            self._outstanding += 1
+            call = _Call(context)
+            self._outstanding.add(call)
             size = self._process_set.size()
             self._sums.bits = max(self._sums.bits, 8 * compressed.itemsize)
             self._sums.coordinates += tensor.numel()
             self._sums.raw_bytes += all_reduce_bytes(tensor.nbytes, size)
             self._sums.sent_bytes += self._meter.all_reduce(compressed.nbytes, size)
-            return compressed, (context,)
+            return compressed, call
 
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """Called by Horovod."""
         if ctx is None:  # a sparse gradient, which compress() has not seen
             return self._compression.decompress(tensor, None)
         with self._lock:
-            result = self._compression.decompress(tensor, ctx[0])
-            self._outstanding -= 1
-            if self._outstanding == 0 and self._telemetry is not None:
+            result = self._compression.decompress(tensor, ctx.context)
+            self._outstanding.discard(ctx)
+            if not self._outstanding and self._telemetry is not None:
                 self._report(self._telemetry)
             return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on counting steps: plain values, the same on every rank.
+
+        Raises:
+            QodaError: between `backward()` and `optimizer.step()`.
+        """
+        with self._lock:
+            if self._outstanding:
+                raise QodaError("state_dict() within a step: call it after optimizer.step() and before backward()")
+            return {"format": STATE_FORMAT, "step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ConfigError: for something else than such a state.
+        """
+        with self._lock:
+            if state.get("format") != STATE_FORMAT:
+                raise ConfigError(
+                    f"the metered compressor's state has format {state.get('format')!r}; this version reads "
+                    f"{STATE_FORMAT}"
+                )
+            self._outstanding.clear()
+            self._step = int(state["step"])
+            if self._telemetry is not None:
+                self._telemetry.rewind(self._step)
 
     def _report(self, telemetry: Telemetry) -> None:
         sums = self._sums

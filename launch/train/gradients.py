@@ -42,14 +42,13 @@ class GradientPath:
         coordinates = len(steps) * sum(hops.values())
         return 8 * sum(steps) / coordinates if coordinates else None
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """The compressor's state; plain Horovod has none."""
-        return self.compression.state_dict() if isinstance(self.compression, QodaCompressor) else None
+    def state_dict(self) -> dict[str, Any]:
+        """The compressor's state."""
+        return self.compression.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        if isinstance(self.compression, QodaCompressor) and state is not None:
-            self.compression.load_state_dict(state)
+        self.compression.load_state_dict(state)
 
 
 def gradient_path(options: Options, model: nn.Module, telemetry: Telemetry) -> GradientPath:

@@ -283,6 +283,40 @@ def test_two_optimizers_in_turns(two_ranks: RankPool, shared: bool) -> None:
     assert results[0] == results[1]
 
 
+def update_due_in_the_second_optimizers_step() -> tuple[list[int], bytes]:
+    """Every second step begins while gradients of the other optimizer are under way; the update is due then."""
+    models = [make_model(seed) for seed in (0, 1)]
+    both = nn.ModuleDict({"generator": models[0], "critic": models[1]})
+    compressor = make_qoda(both, update_levels={"at": (4,), "every": None, "samples": 2})
+    first, second = [
+        hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            named_parameters=[(f"{name}.{key}", p) for key, p in model.named_parameters()],
+            compression=compressor,
+        )
+        for name, model in both.items()
+    ]
+    versions = []
+    for step in range(4):
+        for model in models[:: 1 if hvd.rank() == 0 else -1]:
+            loss_of(model, 2 * step).backward()
+        first.step()
+        first.zero_grad()
+        loss_of(models[0], 2 * step + 1).backward()
+        versions += [compressor.step, compressor.registry.version]
+        first.step()
+        second.step()
+        first.zero_grad()
+        second.zero_grad()
+    return versions, compressor.registry.digest
+
+
+def test_an_update_due_while_another_optimizers_gradients_are_under_way_comes_next(two_ranks: RankPool) -> None:
+    results = two_ranks.run(update_due_in_the_second_optimizers_step)
+    assert results[0] == results[1]
+    assert results[0][0] == [2, 0, 4, 0, 6, 1, 8, 1]
+
+
 def host_throws_a_step_away() -> list[bytes]:
     """Stock Horovod's load_state_dict forgets gradients under way; the next step must not mix with them."""
     model = make_model()

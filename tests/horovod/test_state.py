@@ -9,8 +9,10 @@ import horovod.torch as hvd
 import pytest
 import torch
 
+from hvd_qoda.compression import Compression
 from hvd_qoda.errors import ConfigError, QodaError, RankMismatchError, RegistryError
-from tests.horovod.training import bits_of, loss_of, make_model, make_optimizer, make_qoda, train
+from hvd_qoda.telemetry import Telemetry
+from tests.horovod.training import ListSink, bits_of, loss_of, make_model, make_optimizer, make_qoda, train
 from tests.launcher import RankPool
 
 UPDATES = {"at": (4, 9), "every": None, "samples": 3}
@@ -153,6 +155,37 @@ def elastic() -> list[bytes]:
 def test_elastic_state_saves_restores_and_synchronizes_the_compressor(two_ranks: RankPool) -> None:
     results = two_ranks.run(elastic)
     assert results[0] == results[1]
+
+
+def metered_steps() -> None:
+    """The metered compressor counts on after a step that the host throws away, and where a saved run has stopped."""
+    sink = ListSink()
+    model = make_model()
+    with Telemetry([sink], rank=hvd.rank()) as telemetry:
+        compressor = Compression.metered(hvd.Compression.none, telemetry=telemetry)
+        optimizer = make_optimizer(model, compressor)
+        state = hvd.elastic.TorchState(model=model, optimizer=optimizer, compression=compressor)
+        train(model, optimizer, range(2))
+        state.save()
+        loss_of(model, 2).backward()
+        with pytest.raises(QodaError, match="within a step"):
+            compressor.state_dict()
+        optimizer.load_state_dict(optimizer.state_dict())
+        hvd.barrier()  # Horovod's own all-reduces of that step must end before their names are used again
+        train(model, optimizer, range(3, 5))
+        assert compressor.step == 5
+        state.restore()
+        assert compressor.step == 2
+        train(model, optimizer, range(2, 4))
+        with pytest.raises(ConfigError, match="format"):
+            compressor.load_state_dict({})
+    assert [record.step for record in sink.records] == [1, 2, 4, 5, 3, 4]
+    numel = sum(p.numel() for p in model.parameters())
+    assert [record.layer_types[0].coordinates for record in sink.records] == [numel] * 6
+
+
+def test_metered_compressor_reports_after_a_step_is_thrown_away_and_resumes(two_ranks: RankPool) -> None:
+    two_ranks.run(metered_steps)
 
 
 def disagreeing_checkpoints() -> str:

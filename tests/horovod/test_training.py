@@ -10,6 +10,7 @@ from hvd_qoda.compression import Compression
 from hvd_qoda.step_account import CONTROL
 from hvd_qoda.telemetry import StepRecord, Telemetry
 from tests.horovod.training import (
+    ListSink,
     assert_gradients,
     bits_of,
     local_gradients,
@@ -24,25 +25,6 @@ from tests.launcher import RankPool
 SCHEMES = ("allgather", "reduce_scatter", "auto")
 LEARNING_RATES = {"SGD": 0.5, "Adam": 0.01}
 EARLY_UPDATES = {"at": (3, 6), "every": 4, "samples": 2}
-
-
-class ListSink:
-    """Keeps the records."""
-
-    every_rank = True
-
-    def __init__(self) -> None:
-        self.records: list[StepRecord] = []
-        self.codebooks: dict[str, Any] = {}
-
-    def start(self, start: Any) -> None:
-        self.codebooks = dict(start.codebooks)
-
-    def write(self, record: StepRecord) -> None:
-        self.records.append(record)
-
-    def close(self, failed: bool = False) -> None:
-        pass
 
 
 def gradients_are_the_codecs_means(scheme: str) -> None:

@@ -11,11 +11,31 @@ from torch.nn import functional as F
 from hvd_qoda.compression import Compression
 from hvd_qoda.exchange import Stamp, make_exchange
 from hvd_qoda.horovod import QodaCompressor
+from hvd_qoda.telemetry import StepRecord
 from qoda_kernels.layout import MessagePlan, Slice
 from tests.in_memory_transport import InMemoryGroup
 
 FEATURES, CLASSES = 40, 7
 TIMEOUT_S = 20.0
+
+
+class ListSink:
+    """Keeps the records."""
+
+    every_rank = True
+
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+        self.codebooks: dict[str, Any] = {}
+
+    def start(self, start: Any) -> None:
+        self.codebooks = dict(start.codebooks)
+
+    def write(self, record: StepRecord) -> None:
+        self.records.append(record)
+
+    def close(self, failed: bool = False) -> None:
+        pass
 
 
 def make_model(seed: int = 0, width: int = 96) -> nn.Sequential:
