@@ -112,15 +112,19 @@ def test_horovod_mismatched_library_version(four_ranks: RankPool) -> None:
     assert_all_name(four_ranks.run(with_other_version), "version of hvd_qoda", '"999.0" on rank 1')
 
 
-def agreeing_after_an_error() -> list[float]:
+def agreeing_after_an_error(error_first: bool) -> list[list[float]]:
     """A mismatch that is caught and mended does no harm to what follows."""
-    with_other_configuration({"bits": 5}, {"bits": 6})
+    if error_first:
+        with_other_configuration({"bits": 5}, {"bits": 6})
     model = make_model()
-    return train(model, make_optimizer(model, make_qoda(model)), range(2))
+    train(model, make_optimizer(model, make_qoda(model)), range(2))
+    return [parameter.flatten().tolist() for parameter in model.parameters()]
 
 
 def test_ranks_can_go_on_after_a_mismatch(two_ranks: RankPool) -> None:
-    two_ranks.run(agreeing_after_an_error)
+    after_error, undisturbed = (two_ranks.run(agreeing_after_an_error, first) for first in (True, False))
+    assert after_error[0] == after_error[1]
+    assert after_error == undisturbed
 
 
 def header_mismatch(scheme: str) -> str:
@@ -213,17 +217,18 @@ def test_horovod_join_is_refused_2(two_ranks: RankPool, scheme: str, steps_befor
     assert all("hvd.join()" in message and "same number of batches" in message for message in others)
 
 
-def joined_without_compression() -> None:
+def joined_without_compression() -> tuple[int, int]:
     """Where nothing is compressed, Horovod does everything itself, and ranks may join."""
     model = make_model()
     own = "joined-32."
     optimizer = make_optimizer(model, make_qoda(model, bits=32, name=own), prefix=own)
-    train(model, optimizer, range(2 + hvd.rank()))
-    hvd.join()
+    losses = train(model, optimizer, range(2 + hvd.rank()))
+    return len(losses), hvd.join()
 
 
 def test_horovod_join_works_where_nothing_is_compressed(two_ranks: RankPool) -> None:
-    two_ranks.run(joined_without_compression)
+    last_to_join = 1
+    assert two_ranks.run(joined_without_compression) == [(2, last_to_join), (3, last_to_join)]
 
 
 @pytest.mark.parametrize("scheme", ["allgather", "reduce_scatter"])
