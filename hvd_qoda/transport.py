@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_TIMEOUT_S",
     "Handle",
     "LocalTransport",
+    "ReducingTransport",
     "Transport",
     "all_gather_array",
     "all_gather_bytes",
@@ -93,11 +94,31 @@ class Transport(Protocol):
         """
 
 
+class ReducingTransport(Transport, Protocol):
+    """A transport that also knows the host's own all-reduce, for measuring it, and the machines that ranks run on."""
+
+    @property
+    def host_name(self) -> str:
+        """Name of the machine that this rank runs on: the same for its ranks, different for those of others."""
+
+    def start_all_reduce(self, values: torch.Tensor, name: str) -> Handle:
+        """Let the host sum a tensor over the ranks, as it does with gradients.
+
+        Args:
+            values: 1-D, contiguous, of a dtype that the host can reduce; overwritten.
+            name: the same on every rank; not under way a second time.
+
+        Returns:
+            A handle whose `wait` returns one tensor: the sum.
+        """
+
+
 class LocalTransport:
     """The transport of a group of one: what is sent comes back."""
 
     rank = 0
     size = 1
+    host_name = "localhost"
 
     def __init__(self, timeout_s: float = DEFAULT_TIMEOUT_S, number: int = 0) -> None:
         self.timeout_s = timeout_s
@@ -112,6 +133,10 @@ class LocalTransport:
     ) -> Handle:
         """See `Transport`."""
         return _LocalHandle(message, name)
+
+    def start_all_reduce(self, values: torch.Tensor, name: str) -> Handle:
+        """See `ReducingTransport`."""
+        return _LocalHandle(values, name)
 
 
 class _LocalHandle:

@@ -19,10 +19,17 @@ class InMemoryGroup:
     Args:
         size: number of ranks.
         change: called with (collective, source, destination, bytes) for everything delivered; what it returns arrives.
+        local_size: ranks on each host.
     """
 
-    def __init__(self, size: int, change: Callable[[str, int, int, torch.Tensor], torch.Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        change: Callable[[str, int, int, torch.Tensor], torch.Tensor] | None = None,
+        local_size: int = 1,
+    ) -> None:
         self.size = size
+        self.local_size = local_size
         self.change = change or (lambda name, source, destination, received: received)
         self.started: dict[str, dict[int, list[torch.Tensor]]] = {}
         self.lock = threading.Lock()
@@ -36,6 +43,7 @@ class InMemoryGroup:
 
 class InMemoryTransport:
     def __init__(self, group: InMemoryGroup, rank: int) -> None:
+        self.host_name = f"host{rank // group.local_size}"
         self.rank = rank
         self.size = group.size
         self.ranks = tuple(range(group.size))
@@ -53,12 +61,28 @@ class InMemoryTransport:
         self.meter.all_to_all(send_bytes, self.rank)
         return self._start(list(message.split(list(send_bytes))), name)
 
-    def _start(self, shares: list[torch.Tensor], name: str) -> Handle:
+    def start_all_reduce(self, values: torch.Tensor, name: str) -> Handle:
+        self.meter.all_reduce(values.nbytes, self.size)
+        return InMemorySum(self._start([values] * self.size, name))
+
+    def _start(self, shares: list[torch.Tensor], name: str) -> "InMemoryHandle":
         with self._group.lock:
             contributions = self._group.started.setdefault(name, {})
             assert self.rank not in contributions, f"{name} is under way a second time"
             contributions[self.rank] = shares
             return InMemoryHandle(self._group, self.rank, name, contributions)
+
+
+class InMemorySum:
+    def __init__(self, gathered: "InMemoryHandle") -> None:
+        self.name = gathered.name
+        self._gathered = gathered
+
+    def ready(self) -> bool:
+        return self._gathered.ready()
+
+    def wait(self) -> list[torch.Tensor]:
+        return [torch.stack(self._gathered.wait()).sum(dim=0)]
 
 
 class InMemoryHandle:

@@ -11,6 +11,8 @@ ranks by the number of operations that each process has started before. So where
 rank must have started equally many, and what is held back leaves when so many have come, not when the answer has.
 """
 
+import os
+import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,6 +71,11 @@ class HorovodTransport:
         """Changes when Horovod was started anew with other members (elastic training)."""
         return int(self._process_set.process_set_id), self.rank, self.ranks
 
+    @property
+    def host_name(self) -> str:
+        """See `hvd_qoda.transport.ReducingTransport`: as the launcher calls the machine, where it says so."""
+        return os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
+
     def require_roll_call(self, name: str) -> None:
         """Hold back what is started from now on until every rank has shown that it still takes part.
 
@@ -100,6 +107,15 @@ class HorovodTransport:
             lambda: hvd.alltoall_async(message, splits=splits, name=name, process_set=self._process_set),
             f"all-to-all {name!r}",
             receive_bytes,
+        )
+
+    def start_all_reduce(self, values: torch.Tensor, name: str) -> Handle:
+        """See `hvd_qoda.transport.ReducingTransport`."""
+        self.meter.all_reduce(values.nbytes, self.size)
+        return self._start(
+            lambda: hvd.allreduce_async_(values, name=name, op=hvd.Sum, process_set=self._process_set),
+            f"all-reduce {name!r}",
+            [values.numel()],
         )
 
     def _start(self, start: Callable[[], int], name: str, receive_bytes: Sequence[int]) -> Handle:

@@ -13,6 +13,7 @@ Sizes. Backends gather equal sizes only. Messages of different sizes are padded 
 what is really sent.
 """
 
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,6 +72,11 @@ class TorchTransport:
         self.rank = self.ranks.index(dist.get_rank())
         self.size = len(self.ranks)
 
+    @property
+    def host_name(self) -> str:
+        """See `hvd_qoda.transport.ReducingTransport`."""
+        return socket.gethostname()
+
     def start_all_gather(self, message: torch.Tensor, receive_bytes: Sequence[int], name: str) -> Handle:
         """See `hvd_qoda.transport.Transport`; `receive_bytes` must be the same on every rank."""
         _check_sent(message, receive_bytes[self.rank], f"rank {dist.get_rank()}: all-gather {name!r}")
@@ -98,6 +104,16 @@ class TorchTransport:
         ends = [sum(receive_bytes[: k + 1]) for k in range(self.size)]
         parts = [slice(end - length, end) for end, length in zip(ends, receive_bytes, strict=True)]
         return _TorchHandle(self, work, f"all-to-all {name!r}", sent, received, parts, message.device)
+
+    def start_all_reduce(self, values: torch.Tensor, name: str) -> Handle:
+        """See `hvd_qoda.transport.ReducingTransport`."""
+        lane = self._gathers
+        self.meter.all_reduce(values.nbytes, self.size)
+        summed = lane.moved(values)
+        work = dist.all_reduce(summed, group=lane.group, async_op=True)
+        return _TorchHandle(
+            self, work, f"all-reduce {name!r}", summed, summed, [slice(0, values.numel())], values.device
+        )
 
 
 class _Lane:

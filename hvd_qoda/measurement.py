@@ -1,0 +1,243 @@
+"""Measures what the cost model needs to know: the host's collectives among the ranks, and this rank's codec.
+
+All ranks get the same numbers, bit for bit: they gather the times that each has seen and take the same statistic of
+them, in rank order. A collective has lasted as long as for the rank that joined it last, and whatever else disturbs a
+measurement makes it longer, so the least time over ranks and rounds counts. How much is measured follows from these
+numbers too, never from one rank's clock: the ranks start the same collectives.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import torch
+
+from hvd_qoda.cost_model import CodecSpeed, CollectiveCost, Link, fit_cost
+from hvd_qoda.exchange import Stamp
+from hvd_qoda.hosts import Hosts, SubgroupTransport
+from hvd_qoda.staging import cpu_values, written_back
+from hvd_qoda.traffic import all_reduce_bytes
+from hvd_qoda.transport import Handle, ReducingTransport, Transport, all_gather_array
+from qoda_kernels.codebook import Codebook
+from qoda_kernels.codec import Codec
+from qoda_kernels.layout import MessagePlan, Slice
+from qoda_kernels.worker_threads import WorkerThreads
+
+__all__ = ["measure_codec", "measure_link"]
+
+_SMALLEST_BYTES = 2**10
+_LARGEST_BYTES = 2**23
+_GROWTHS = (16, 4)  # from one size to the next, the larger factor where time allows
+_ROUNDS = 3
+_TOGETHER = 8  # collectives under way at the same time, to see what each further one costs
+_BUDGET_S = 0.8
+_CODEC_ELEMENTS = (4096, 2**19)
+_CODEC_ROUNDS = 5
+_CODEC_MESSAGES = 4
+_STAMP = Stamp(0, 0, 0)
+
+_Start = Callable[[int, str], Handle]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of collective.
+
+    Attributes:
+        name: for the collectives' names.
+        start: starts one in which this rank sends about so many bytes, under a name.
+        sent: how many bytes it really sends then.
+    """
+
+    name: str
+    start: _Start
+    sent: Callable[[int], float]
+
+
+def measure_link(
+    transport: ReducingTransport,
+    hosts: Hosts | None = None,
+    device: torch.device | None = None,
+    largest_bytes: int = _LARGEST_BYTES,
+    budget_s: float = _BUDGET_S,
+    name: str = "hvd_qoda.link",
+) -> Link:
+    """Time the host's collectives; a collective call that waits.
+
+    Args:
+        transport: the ranks.
+        hosts: where they run; with it and several hosts of several ranks each, the ways within and between hosts are
+            measured too.
+        device: where gradients are, which the host's own all-reduce takes from there; by default the CPU.
+        largest_bytes: no more than this is sent at once: what the gradients of a step take.
+        budget_s: seconds that this may take, about. Sizes that would take longer are left out.
+        name: what the names of its collectives begin with; the same on every rank.
+
+    Returns:
+        The same numbers on every rank.
+    """
+    kinds = _kinds(transport, hosts, torch.device("cpu") if device is None else device)
+    largest = min(max(largest_bytes, _GROWTHS[0] * _SMALLEST_BYTES), _LARGEST_BYTES)
+    costs = {
+        kind.name: _measure_kind(transport, kind, largest, budget_s / len(kinds), f"{name}.{kind.name}")
+        for kind in kinds
+    }
+    return Link(**costs)
+
+
+def measure_codec(
+    codebook: Codebook,
+    transport: Transport,
+    threads: WorkerThreads | None = None,
+    device: torch.device | None = None,
+    name: str = "hvd_qoda.codec_speed",
+) -> CodecSpeed:
+    """Time the codec on Gaussian float32 gradients, on all ranks at once; a collective call that waits.
+
+    Args:
+        codebook: of most gradients.
+        transport: the ranks.
+        threads: what runs the codec; by default the calling thread.
+        device: where gradients are; the way to the codec and back counts. By default the CPU.
+        name: of the collective; the same on every rank.
+
+    Returns:
+        The slowest rank's speed, on which all others wait; the same numbers on every rank.
+    """
+    own = _codec_speed(codebook, threads, torch.device("cpu") if device is None else device)
+    all_ranks = all_gather_array(transport, np.array(astuple(own)), name)
+    return CodecSpeed(*(float(value) for value in all_ranks.max(axis=0)))
+
+
+def _kinds(transport: ReducingTransport, hosts: Hosts | None, device: torch.device) -> list[_Kind]:
+    size = transport.size
+    others = max(1, size - 1)
+
+    def all_reduce(sent: int, name: str) -> Handle:
+        return transport.start_all_reduce(torch.zeros(elements(sent), device=device), name)
+
+    def elements(sent: int) -> int:
+        return max(1, sent * size // (2 * others * 4))
+
+    def all_gather(sent: int, name: str) -> Handle:
+        message = torch.zeros(sent // others, dtype=torch.uint8)
+        return transport.start_all_gather(message, [message.numel()] * size, name)
+
+    kinds = [
+        _Kind("all_reduce", all_reduce, lambda sent: all_reduce_bytes(4 * elements(sent), size)),
+        _Kind("all_gather", all_gather, lambda sent: float(sent // others * others)),
+        _all_to_all("all_to_all", transport),
+    ]
+    if hosts is not None and "hierarchical" in hosts.ranks.schemes:
+        kinds.append(_all_to_all("within_host", SubgroupTransport(transport, hosts.local(transport.rank))))
+        kinds.append(_all_to_all("between_hosts", SubgroupTransport(transport, hosts.cross(transport.rank))))
+    return kinds
+
+
+def _all_to_all(name: str, transport: Transport) -> _Kind:
+    others = max(1, transport.size - 1)
+
+    def start(sent: int, name: str) -> Handle:
+        shares = [sent // others] * transport.size
+        return transport.start_all_to_all(torch.zeros(sum(shares), dtype=torch.uint8), shares, shares, name)
+
+    return _Kind(name, start, lambda sent: float(sent // others * others))
+
+
+def _measure_kind(transport: Transport, kind: _Kind, largest: int, budget_s: float, name: str) -> CollectiveCost:
+    def agreed(sent: int, count: int, rounds: int) -> float:
+        own = [_seconds(kind.start, sent, count, name) for _ in range(rounds)]
+        return float(all_gather_array(transport, np.array(own), f"{name}.times").min())
+
+    kind.start(_SMALLEST_BYTES, f"{name}.0").wait()  # the first one makes connections
+    times = {_SMALLEST_BYTES: agreed(_SMALLEST_BYTES, 1, _ROUNDS)}
+    together = agreed(_SMALLEST_BYTES, _TOGETHER, _ROUNDS)
+    spent = _ROUNDS * (times[_SMALLEST_BYTES] + together)
+    while (found := _next_size(times, largest, budget_s - spent)) is not None:
+        sent, rounds = found
+        times[sent] = agreed(sent, 1, rounds)
+        spent += rounds * times[sent]
+    fixed, per_byte = fit_cost([kind.sent(size) for size in times], list(times.values()))
+    each = (together - times[_SMALLEST_BYTES]) / (_TOGETHER - 1) - kind.sent(_SMALLEST_BYTES) * per_byte
+    return CollectiveCost(fixed, per_byte, max(0.0, each))
+
+
+def _next_size(times: Mapping[int, float], largest: int, left_s: float) -> tuple[int, int] | None:
+    """The next larger size and how many rounds of it there is time for; None where there is none.
+
+    A second size is always measured.
+    """
+    smallest, before = min(times), max(times)
+    if before >= largest:
+        return None
+    if len(times) == 1:
+        return min(before * _GROWTHS[0], largest), _ROUNDS
+    slope = max(0.0, times[before] - times[smallest]) / (before - smallest)
+    for growth in _GROWTHS:
+        sent = min(before * growth, largest)
+        expected = times[before] + (sent - before) * slope
+        if expected < left_s:
+            return sent, _ROUNDS if _ROUNDS * expected < left_s else 1
+    return None
+
+
+def _seconds(start: _Start, sent: int, count: int, name: str) -> float:
+    begin = time.perf_counter()
+    handles = [start(sent, f"{name}.{index}") for index in range(count)]
+    for handle in handles:
+        handle.wait()
+    return time.perf_counter() - begin
+
+
+def _codec_speed(codebook: Codebook, threads: WorkerThreads | None, device: torch.device) -> CodecSpeed:
+    timed = [_CodecTimes.measure(codebook, elements, threads, device) for elements in _CODEC_ELEMENTS]
+    call, encode = fit_cost(_CODEC_ELEMENTS, [times.encode for times in timed])
+    large, elements = timed[-1], _CODEC_ELEMENTS[-1]
+    decode = max(0.0, (large.decode_many - large.decode_one) / (elements * (_CODEC_MESSAGES - 1)))
+    store = max(0.0, (large.decode_one - call) / elements - decode)
+    return CodecSpeed(encode, decode, store, call, large.cast / elements)
+
+
+@dataclass(frozen=True)
+class _CodecTimes:
+    """Seconds for gradients of one size."""
+
+    encode: float
+    decode_one: float
+    decode_many: float
+    cast: float
+
+    @classmethod
+    def measure(
+        cls, codebook: Codebook, elements: int, threads: WorkerThreads | None, device: torch.device
+    ) -> "_CodecTimes":
+        plan = MessagePlan.build([Slice("measured", 0, elements, torch.float32, "measured", 0)], {"measured": codebook})
+        codec = Codec(plan, {"measured": codebook}, threads)
+        gradient = torch.randn(elements, generator=torch.Generator().manual_seed(0)).to(device)
+        contexts = [_STAMP.context(0, source, 0) for source in range(_CODEC_MESSAGES)]
+        messages = [codec.encode([cpu_values(gradient)], context) for context in contexts]
+
+        def decode(count: int) -> None:
+            written_back(gradient, lambda out: _ignore(codec.decode_mean(messages[:count], contexts[:count], [out])))
+
+        return cls(
+            _least_seconds(lambda: codec.encode([cpu_values(gradient)], contexts[0], messages[0])),
+            _least_seconds(lambda: decode(1)),
+            _least_seconds(lambda: decode(_CODEC_MESSAGES)),
+            _least_seconds(lambda: gradient.half().float()) / 2,
+        )
+
+
+def _ignore(_: Sequence[torch.Tensor]) -> None:
+    """Take a result that nobody needs."""
+
+
+def _least_seconds(run: Callable[[], object]) -> float:
+    run()
+    seconds = []
+    for _ in range(_CODEC_ROUNDS):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
