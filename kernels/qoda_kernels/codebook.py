@@ -3,7 +3,8 @@
 A code word of b bits is a sign (its highest bit) and the index of a magnitude level (the other bits), with a true zero:
 there are 2^(b-1) levels 0 = l_0 < l_1 < ... < 1, so 2^b - 2 intervals between -1 and 1. A coordinate v in a bucket of
 norm N is sent as one of the two levels around |v| / N, at random, so that the mean is v (QSGD, arXiv 1610.02132;
-non-uniform levels as in NUQSGD, arXiv 1908.06077, ALQ, and QODA, arXiv 2505.14371).
+non-uniform levels as in NUQSGD, arXiv 1908.06077, ALQ, and QODA, arXiv 2505.14371). A codebook that clips (`tails.py`)
+has the same N for every bucket, its clip value: coordinates beyond it are sent as the last level, with a bias.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ ROWS = 8  # rows of a tile: a lane packs 8 codes, so any code width fills whole 
 MIN_BUCKET_SIZE, MAX_BUCKET_SIZE = 128, 8192
 NORMS = ("max", "l2")
 NORM_BYTES = {"fp32": 4, "bf16": 2}
+SMALLEST_CLIP, LARGEST_CLIP = 2.0**-100, 2.0**100
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Codebook:
         norm: "max" (largest magnitude) or "l2" (Euclidean norm of the bucket).
         norm_format: "fp32", or "bf16", rounded up so that no coordinate exceeds its norm.
         version: how many times the levels have been updated.
+        clip: magnitude at which coordinates are clipped, rounded to float32 (and up to bfloat16 on the wire with bf16
+            norms); it stands in place of every bucket's norm. 0 for codebooks that do not clip.
 
     Raises:
         CodebookError: for a value outside these.
@@ -72,6 +76,7 @@ class Codebook:
     norm: str = "max"
     norm_format: str = "fp32"
     version: int = 0
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         if self.bits != EXACT_BITS and not (isinstance(self.bits, int) and MIN_BITS <= self.bits <= MAX_BITS):
@@ -85,6 +90,7 @@ class Codebook:
             raise CodebookError(f"norm must be one of {', '.join(NORMS)}; got {self.norm!r}")
         if self.norm_format not in NORM_BYTES:
             raise CodebookError(f"norm_format must be one of {', '.join(NORM_BYTES)}; got {self.norm_format!r}")
+        object.__setattr__(self, "clip", self._checked_clip())
         if self.is_exact:
             if self.levels:
                 raise CodebookError(f"an exact codebook ({EXACT_BITS} bits) has no levels; got {len(self.levels)}")
@@ -123,9 +129,9 @@ class Codebook:
         """Eight bytes that differ when any field differs."""
         return hashlib.blake2b(json.dumps(self.to_dict(), sort_keys=True).encode(), digest_size=8).digest()
 
-    def with_levels(self, levels: Sequence[float], version: int) -> "Codebook":
-        """The same codebook with other levels, as after an update at step t in U."""
-        return dataclasses.replace(self, levels=tuple(float(level) for level in levels), version=version)
+    def with_levels(self, levels: Sequence[float], version: int, clip: float = 0.0) -> "Codebook":
+        """The same codebook with other levels, as after an update at step t in U, and their clip value."""
+        return dataclasses.replace(self, levels=tuple(float(level) for level in levels), version=version, clip=clip)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON-able values; `from_dict` restores them exactly."""
@@ -135,3 +141,13 @@ class Codebook:
     def from_dict(cls, fields: dict[str, Any]) -> "Codebook":
         """Codebook from `to_dict`'s result."""
         return cls(**{**fields, "levels": tuple(fields["levels"])})
+
+    def _checked_clip(self) -> float:
+        clip = float(np.float32(self.clip))
+        if clip == 0.0:
+            return clip
+        if not SMALLEST_CLIP <= clip <= LARGEST_CLIP:
+            raise CodebookError(f"clip must be 0, or between 2^-100 and 2^100; got {self.clip!r}")
+        if self.is_exact or self.norm != "max":
+            raise CodebookError('a codebook that clips has no norm: bits must be 2 to 8 and norm "max"')
+        return clip

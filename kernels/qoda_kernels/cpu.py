@@ -41,7 +41,7 @@ from qoda_kernels.reference import (
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 _MOST_CELLS = 2048
 
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_MAGNITUDE, _SIGN = np.uint32(0x7FFFFFFF), np.uint32(0x80000000)
 _INFINITY = np.uint32(INFINITY_BITS)
 _NAN = np.uint32(NAN_BITS)
 _LARGEST = np.uint32(0x7F7FFFFF)
@@ -286,6 +286,7 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
         bucket_size,
         norm_bytes,
         is_l2,
+        clip,
         cells,
         slope_table,
         intercept_table,
@@ -323,9 +324,12 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
                         word = word32.shift_left(np.uint32(given[index]), np.uint32(16))
                         scratch[index] = word32.float_from_bits(word)
                 bucket = scratch[: given.size]
-            norm_bits = _max_magnitude(bucket)
+            largest = _max_magnitude(bucket)
+            norm_bits = largest
             if norm_bits >= _INFINITY:
                 norm_bits = _NAN
+            elif clip > 0 and norm_bits > 0:
+                norm_bits = clip
             elif is_l2 and norm_bits > 0:
                 norm_bits = _l2_norm(bucket, norm_bits, sums)
             if norm_bytes == 2:
@@ -337,6 +341,12 @@ def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[...
                 packed_bucket[:] = np.uint8(0)
                 continue
             norm = word32.float_from_bits(norm_bits)
+            if clip > 0 and largest > norm_bits:
+                for index in range(bucket.size):
+                    word = word32.float_bits(bucket[index])
+                    clipped = word32.minimum(word32.bit_and(word, _MAGNITUDE), norm_bits)
+                    scratch[index] = word32.float_from_bits(word32.bit_or(clipped, word32.bit_and(word, _SIGN)))
+                bucket = scratch[: bucket.size]
             if norm < _TINY_NORM:
                 for index in range(bucket.size):
                     scratch[index] = np.float32(bucket[index] * _TINY_SCALE)
@@ -511,6 +521,7 @@ def quantize(
         codebook.bucket_size,
         codebook.format.norm_bytes,
         codebook.norm == "l2",
+        np.float32(codebook.clip).view(np.uint32),
         table.cells,
         table.slopes,
         table.intercepts,

@@ -90,9 +90,9 @@ _COORDINATE, _LENGTH, _BEGIN, _CODES_BEGIN, _CODES_END, _END, _FIRST_UNIT, _UNIT
     _offsets(SEGMENT)[name]
     for name in ("coordinate", "length", "begin", "codes_begin", "codes_end", "end", "first_unit", "unit_length")
 )
-_BITS, _LANES, _KIND, _NORM_BYTES, _IS_L2, _METHOD, _ROUNDING, _LEVELS, _CODEBOOK = (
+_BITS, _LANES, _KIND, _NORM_BYTES, _IS_L2, _METHOD, _ROUNDING, _LEVELS, _CODEBOOK, _CLIP = (
     _offsets(SEGMENT)[name]
-    for name in ("bits", "lanes", "kind", "norm_bytes", "is_l2", "method", "rounding", "levels", "codebook")
+    for name in ("bits", "lanes", "kind", "norm_bytes", "is_l2", "method", "rounding", "levels", "codebook", "clip")
 )
 _SEGMENT_BYTES = np.uint64(SEGMENT.itemsize)
 _TOTAL, _FINISHED_BLOCKS = _offsets(WORKSPACE)["total"], _offsets(WORKSPACE)["finished_blocks"]
@@ -394,14 +394,28 @@ def _hash(weyl, first, second):
 
 
 @_device
-def _scaled(value, prescale, multiplier):
-    magnitude = word32.float_from_bits(_magnitude_bits(value))
+def _clipped(column, norm_bits):
+    """Magnitudes of a column, at most the norm: with codebooks that do not clip none is larger."""
+    return (
+        word32.float_from_bits(word32.minimum(_magnitude_bits(column[0]), norm_bits)),
+        word32.float_from_bits(word32.minimum(_magnitude_bits(column[1]), norm_bits)),
+        word32.float_from_bits(word32.minimum(_magnitude_bits(column[2]), norm_bits)),
+        word32.float_from_bits(word32.minimum(_magnitude_bits(column[3]), norm_bits)),
+        word32.float_from_bits(word32.minimum(_magnitude_bits(column[4]), norm_bits)),
+        word32.float_from_bits(word32.minimum(_magnitude_bits(column[5]), norm_bits)),
+        word32.float_from_bits(word32.minimum(_magnitude_bits(column[6]), norm_bits)),
+        word32.float_from_bits(word32.minimum(_magnitude_bits(column[7]), norm_bits)),
+    )
+
+
+@_device
+def _scaled(magnitude, prescale, multiplier):
     return libdevice.fmul_rn(libdevice.fmul_rn(magnitude, prescale), multiplier)
 
 
 @_device
 def _normalised(column, is_tiny, multiplier):
-    """Magnitudes of a column times a multiplier."""
+    """A column of magnitudes times a multiplier."""
     if is_tiny:
         return (
             _scaled(column[0], _TINY_SCALE, multiplier),
@@ -414,14 +428,14 @@ def _normalised(column, is_tiny, multiplier):
             _scaled(column[7], _TINY_SCALE, multiplier),
         )
     return (
-        libdevice.fmul_rn(word32.float_from_bits(_magnitude_bits(column[0])), multiplier),
-        libdevice.fmul_rn(word32.float_from_bits(_magnitude_bits(column[1])), multiplier),
-        libdevice.fmul_rn(word32.float_from_bits(_magnitude_bits(column[2])), multiplier),
-        libdevice.fmul_rn(word32.float_from_bits(_magnitude_bits(column[3])), multiplier),
-        libdevice.fmul_rn(word32.float_from_bits(_magnitude_bits(column[4])), multiplier),
-        libdevice.fmul_rn(word32.float_from_bits(_magnitude_bits(column[5])), multiplier),
-        libdevice.fmul_rn(word32.float_from_bits(_magnitude_bits(column[6])), multiplier),
-        libdevice.fmul_rn(word32.float_from_bits(_magnitude_bits(column[7])), multiplier),
+        libdevice.fmul_rn(column[0], multiplier),
+        libdevice.fmul_rn(column[1], multiplier),
+        libdevice.fmul_rn(column[2], multiplier),
+        libdevice.fmul_rn(column[3], multiplier),
+        libdevice.fmul_rn(column[4], multiplier),
+        libdevice.fmul_rn(column[5], multiplier),
+        libdevice.fmul_rn(column[6], multiplier),
+        libdevice.fmul_rn(column[7], multiplier),
     )
 
 
@@ -624,6 +638,9 @@ def _encode_bucket(values, kind, segment, message, number, table, key_first, key
     total = np.uint64(0)
 
     norm_bits = _norm(values, kind, count, memory.load_word(segment + _IS_L2))
+    clip = memory.load_word(segment + _CLIP)
+    if clip != np.uint32(0) and norm_bits != np.uint32(0) and norm_bits < _INFINITY:
+        norm_bits = clip
     if norm_bytes == np.uint32(2):
         rounded_up = word32.bit_and(word32.add(norm_bits, _LOW_HALF), np.uint32(0xFFFF0000))
         norm_bits = _NAN if norm_bits >= _INFINITY else rounded_up
@@ -688,7 +705,7 @@ def _encode_bucket(values, kind, segment, message, number, table, key_first, key
             v = _load_column(values, kind, first, stride, count)
             low = _signs(v[0], v[1], v[2], v[3], bits)
             high = _signs(v[4], v[5], v[6], v[7], bits)
-            x = _normalised(v, is_tiny, multiplier)
+            x = _normalised(_clipped(v, norm_bits), is_tiny, multiplier)
             y = _positions(method, table, rounding, steps, x)
             weyl = word32.multiply(word32.add(low_place, first), _WEYL)
             row_weyl = word32.multiply(stride, _WEYL)

@@ -43,7 +43,7 @@ SEGMENT = np.dtype(
         ("rounding", "<u4"),  # first float of the codebook's part of the rounding table
         ("levels", "<u4"),  # likewise, of the table of signed levels
         ("codebook", "<u4"),  # number of the codebook, for statistics
-        ("unused", "<u4"),
+        ("clip", "<f4"),  # in place of every norm; 0 for codebooks that do not clip
     ]
 )
 PLAN = np.dtype(
@@ -158,6 +158,7 @@ def _fill(
     record["lanes"] = segment.format.lanes
     record["norm_bytes"] = segment.format.norm_bytes
     record["is_l2"] = codebook.norm == "l2"
+    record["clip"] = codebook.clip
     record["method"], record["rounding"], record["levels"], record["codebook"] = places[part.codebook]
     return segment.buckets
 

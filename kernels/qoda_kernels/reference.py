@@ -51,8 +51,8 @@ def fused_multiply_add(a: Float32Array, x: Float32Array, b: Float32Array) -> Flo
     return np.where((error != 0) & is_even, np.nextafter(total, towards), total).astype(np.float32)
 
 
-def bucket_norm(bucket: Float32Array, norm: str) -> np.float32:
-    """Norm of one bucket: NaN where a coordinate is not finite, 0 where all are zero.
+def bucket_norm(bucket: Float32Array, norm: str, clip: float = 0.0) -> np.float32:
+    """Norm of one bucket: NaN where a coordinate is not finite, 0 where all are zero; else the clip value if not 0.
 
     "max" is the largest magnitude. "l2" is the Euclidean norm: coordinates are scaled by a power of two so that squares
     neither overflow nor vanish, lane j of 32 adds the squares of coordinates j, j + 32, ... in order, and the lanes are
@@ -61,6 +61,8 @@ def bucket_norm(bucket: Float32Array, norm: str) -> np.float32:
     magnitude = int((bucket.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(initial=0))
     if magnitude >= INFINITY_BITS:
         return _float(NAN_BITS)
+    if clip > 0 and magnitude > 0:
+        return np.float32(clip)
     if norm == "max" or magnitude == 0:
         return _float(magnitude)
     exponent_field = min(max(254 - (magnitude >> 23), 1), 253)
@@ -205,11 +207,13 @@ def quantize(
     for index in range(norms.size):
         part = slice(index * codebook.bucket_size, (index + 1) * codebook.bucket_size)
         bucket = values[part]
-        word = norm_word(bucket_norm(bucket, codebook.norm), codebook.norm_format)
+        word = norm_word(bucket_norm(bucket, codebook.norm, codebook.clip), codebook.norm_format)
         norms[index] = word
         norm = norm_of_word(word, codebook.norm_format)
         if not norm > 0:
             continue
+        if codebook.clip:
+            bucket = np.clip(bucket, -norm, norm)
         position = fixed_point(bucket, norm, table, codebook.bits)
         random = dither(bucket.size, codebook.format.lanes, coordinate + part.start, key) >> np.uint32(16 - shift)
         level = np.minimum((position + random.astype(np.int32)) >> shift, top)

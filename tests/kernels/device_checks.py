@@ -110,6 +110,15 @@ def check_every_variant(device: Device, bits: int, method: str) -> None:
     check_against_codec(device, parts, codebooks, coordinate=2**32 - 9000, senders=2)
 
 
+def check_clipping(device: Device, bits: int, method: str) -> None:
+    """Codebooks with a clip value in place of norms: within, far beyond, and so small that it is scaled up."""
+    codebooks, parts = {}, []
+    for index, (clip, norm_format) in enumerate(((2.7, "fp32"), (0.013, "bf16"), (1e-29, "fp32"))):
+        codebooks[str(index)] = codebook_for(method, bits, bucket_size=512, norm_format=norm_format, clip=clip)
+        parts += [(str(index), length, (torch.float32, torch.bfloat16)[index % 2]) for length in (1, 1543)]
+    check_against_codec(device, parts, codebooks, senders=2)
+
+
 def check_exact_segments(device: Device) -> None:
     codebooks = {"off": Codebook.exact(), "on": Codebook.uniform(4)}
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -69,6 +69,11 @@ def test_every_variant_equals_the_cpu(bits: int, method: str) -> None:
     checks.check_every_variant(PtxDevice(1), bits, method)
 
 
+@pytest.mark.parametrize(("bits", "method"), [(3, "minimum"), (4, "uniform"), (6, "search")])
+def test_codebooks_that_clip_equal_the_cpu(bits: int, method: str) -> None:
+    checks.check_clipping(PtxDevice(1), bits, method)
+
+
 def test_exact_segments_equal_the_cpu() -> None:
     checks.check_exact_segments(PtxDevice(2))
 

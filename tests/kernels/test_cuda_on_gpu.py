@@ -43,6 +43,11 @@ def test_every_variant(bits: int, method: str) -> None:
     checks.check_every_variant(Gpu(), bits, method)
 
 
+@pytest.mark.parametrize(("bits", "method"), [(3, "minimum"), (4, "uniform"), (6, "search")])
+def test_codebooks_that_clip(bits: int, method: str) -> None:
+    checks.check_clipping(Gpu(), bits, method)
+
+
 @pytest.mark.parametrize(
     "check",
     [

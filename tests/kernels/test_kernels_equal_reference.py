@@ -73,6 +73,33 @@ def test_every_variant(bits: int, method: str, dtype: torch.dtype, narrow: bool)
         check_against_reference(length, codebook, dtype, coordinate=2**32 - 700 * (index % 3), seed=index)
 
 
+@pytest.mark.parametrize(("bits", "method", "dtype"), [(3, "minimum", torch.float32), (4, "uniform", torch.float32)])
+@pytest.mark.parametrize(("clip", "norm_format"), [(2.7, "fp32"), (0.013, "bf16"), (1e-29, "fp32"), (1e20, "bf16")])
+def test_codebooks_that_clip(bits: int, method: str, dtype: torch.dtype, clip: float, norm_format: str) -> None:
+    codebook = codebook_for(method, bits, bucket_size=512, norm_format=norm_format, clip=clip)
+    for seed, length in enumerate((1, 513, 3071, 4000)):
+        check_against_reference(length, codebook, dtype, coordinate=77, seed=seed)
+
+
+def test_clipping_sends_the_last_level_and_signals_what_is_not_finite() -> None:
+    codebook = Codebook.uniform(4, bucket_size=128, clip=0.5)
+    values = torch.zeros(4 * 128)
+    values[:4] = torch.tensor([3e38, -7.0, 0.5, -1e-3])
+    values[128], values[256] = float("nan"), float("-inf")
+    codec = Codec(single_slice_plan(values.numel(), codebook), {"other": codebook})
+    message = codec.encode([values], context())
+    decoded = codec.decode_mean([message], [context()])[0]
+    assert decoded[:3].tolist() == [0.5, -0.5, 0.5]
+    assert abs(decoded[3]) <= 0.5 / 7 + 1e-6
+    assert torch.isnan(decoded[128:384]).all()
+    assert (decoded[4:128] == 0).all()
+    assert (decoded[384:] == 0).all()
+    segment = codec.plan.segments[0]
+    norms = message[segment.begin : segment.codes_begin].view(torch.float32)
+    assert norms[0] == 0.5
+    assert norms[3] == 0.0
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     length=st.integers(0, 20_000),
