@@ -46,6 +46,8 @@ SCHEMES = ("off", "fp16", *QUANTIZED_SCHEMES)
 BUFFER_BYTES = tuple(2**exponent for exponent in range(20, 28))
 """Sizes of fusion buffers that are considered: 1 to 128 MiB of gradients."""
 
+_PASSES_TO_SEND = 2  # over values that travel exactly: copy, checksum
+_PASSES_TO_RECEIVE = 3  # checksum, copy, sum
 _FASTEST_BYTES_PER_S = 1e13  # where the search for a break-even bandwidth gives up
 _SLOWEST_BYTES_PER_S = 1e2
 
@@ -476,11 +478,11 @@ def _hierarchical_work(layout: Layout, ranks: Ranks, link: Link, codec: CodecSpe
     local, hosts, calls = ranks.local_size, ranks.hosts, layout.messages
     share = layout.elements / local
     message = layout.message_bytes / local
-    moved = (local - 1) / local * layout.raw_bytes  # in each of the two exact phases
+    moved = (local - 1) / local * 4 * layout.elements  # in each of the two exact phases
     across = _across_hosts(share, calls, message, hosts, link.between_hosts, codec)
     return _Work(
-        layout.elements * codec.pass_s + across.encode_s,
-        across.decode_s + layout.elements * codec.pass_s,
+        _PASSES_TO_SEND * layout.elements * codec.pass_s + across.encode_s,
+        across.decode_s + (2 * _PASSES_TO_RECEIVE * layout.elements + _PASSES_TO_SEND * share) * codec.pass_s,
         2 * link.within_host.seconds(moved, calls) + across.sending_s,
         2 * moved + across.sent_bytes,
     )

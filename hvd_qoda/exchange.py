@@ -7,8 +7,9 @@
   the key); phase 2 sends the owners' messages to everybody. Two quantizations; a rank sends 2 (K-1)/K n bytes. The
   owner uses what it has sent, decoded, like everybody else: else its replica would differ from the others. Gradients
   of 16 bits count as float32 here, so that the mean is not rounded twice: codes take the same bytes, exact values more.
+- `hvd_qoda.hierarchical.HierarchicalExchange`: exact inside a host, one of these two between hosts.
 
-Both are started without waiting. `Exchange.advance` does whatever can be done without waiting, such as moving from
+All are started without waiting. `Exchange.advance` does whatever can be done without waiting, such as moving from
 phase 1 to phase 2; `PendingExchanges` advances all exchanges while it waits for one. That matters: an owner that waited
 for one parameter's second phase before it had sent another's would stop every rank.
 
@@ -21,7 +22,7 @@ from typing import Protocol
 
 import torch
 
-from hvd_qoda.errors import ConfigError, QodaError, RankMismatchError, WireError
+from hvd_qoda.errors import QodaError, RankMismatchError, WireError
 from hvd_qoda.traffic import all_gather_bytes, all_to_all_bytes
 from hvd_qoda.transport import Handle, Transport, wait_until
 from qoda_kernels.codebook import Codebook
@@ -39,7 +40,6 @@ __all__ = [
     "ReduceScatterExchange",
     "Stamp",
     "exchange_by_bytes",
-    "make_exchange",
 ]
 
 WORTH_A_ROUND_TRIP_BYTES = 2**16
@@ -93,6 +93,9 @@ class Exchange(Protocol):
             stamp: identifies the step.
         """
 
+    def start_refused(self, reason: str) -> None:
+        """Take part in a round without a gradient: every rank's `finish` raises RankMismatchError with the reason."""
+
     def advance(self) -> bool:
         """Do what can be done without waiting; returns whether only `finish` is left (which may still have to wait)."""
 
@@ -115,8 +118,16 @@ class Exchange(Protocol):
     def drop(self) -> None:
         """Wait for the round under way, and forget it."""
 
+    @property
+    def has_own_message(self) -> bool:
+        """Whether what this rank sends is its own gradient, quantized."""
+
     def own_message(self) -> "OwnMessage":
-        """A copy of what this rank sent in the last round: its own quantized gradient, hatV_k of the papers."""
+        """A copy of what this rank sent in the last round: its own quantized gradient, hatV_k of the papers.
+
+        Raises:
+            UnsupportedError: without `has_own_message`.
+        """
 
     def restore_own_message(
         self, message: torch.Tensor, stamp: Stamp, codebooks: Mapping[str, Codebook]
@@ -157,6 +168,11 @@ class AllGatherExchange:
         """See `Exchange`."""
         return all_gather_bytes(self.plan.message_bytes, self._transport.size)
 
+    @property
+    def has_own_message(self) -> bool:
+        """See `Exchange`."""
+        return True
+
     def use_codebooks(self, codebooks: Mapping[str, Codebook]) -> None:
         """See `Exchange`."""
         self._codebooks = codebooks
@@ -166,8 +182,12 @@ class AllGatherExchange:
         """See `Exchange`."""
         self._stamp = stamp
         self._share.codec.encode(values, stamp.context(0, self._transport.rank, 0), out=self._message)
-        sizes = [self.plan.message_bytes] * self._transport.size
-        self._handle = self._transport.start_all_gather(self._message, sizes, self.waiting_for)
+        self._send()
+
+    def start_refused(self, reason: str) -> None:
+        """See `Exchange`."""
+        write_refusal(self._message, reason)
+        self._send()
 
     def advance(self) -> bool:
         """See `Exchange`."""
@@ -175,13 +195,15 @@ class AllGatherExchange:
 
     def ready(self) -> bool:
         """See `Exchange`."""
-        return _under_way(self._handle).ready()
+        return under_way(self._handle).ready()
 
     def finish(self, out: Sequence[torch.Tensor], scale: float = 1.0) -> None:
         """See `Exchange`."""
-        handle, self._handle = _under_way(self._handle), None
+        handle, self._handle = under_way(self._handle), None
         messages = handle.wait()
         size = self._transport.size
+        for source, message in enumerate(messages):
+            check_not_refused(message, source)
         contexts = [self._stamp.context(0, source, 0) for source in range(size)]
         self._share.codec.decode_mean(messages, contexts, out=out, scale=scale / size)
 
@@ -201,13 +223,17 @@ class AllGatherExchange:
         """See `Exchange`."""
         return self._own_message(message, stamp, self._make_share(codebooks), codebooks)
 
+    def _send(self) -> None:
+        sizes = [self.plan.message_bytes] * self._transport.size
+        self._handle = self._transport.start_all_gather(self._message, sizes, self.waiting_for)
+
     def _own_message(
-        self, message: torch.Tensor, stamp: Stamp, share: "_Share", codebooks: Mapping[str, Codebook]
+        self, message: torch.Tensor, stamp: Stamp, share: "Share", codebooks: Mapping[str, Codebook]
     ) -> "OwnMessage":
         return OwnMessage(message, stamp, self._transport.rank, self.plan, (share,), _used(self.plan, codebooks))
 
-    def _make_share(self, codebooks: Mapping[str, Codebook]) -> "_Share":
-        return _Share(self.plan, _pieces(self.plan, self.plan), Codec(self.plan, codebooks, self._threads))
+    def _make_share(self, codebooks: Mapping[str, Codebook]) -> "Share":
+        return Share(self.plan, pieces_of(self.plan, self.plan), Codec(self.plan, codebooks, self._threads))
 
 
 class ReduceScatterExchange:
@@ -230,7 +256,7 @@ class ReduceScatterExchange:
         threads: WorkerThreads | None = None,
     ) -> None:
         self.plan = plan
-        self._wide = _in_float32(plan, codebooks)
+        self._wide = in_float32(plan, codebooks)
         self._name = name
         self._transport = transport
         self._threads = threads
@@ -252,6 +278,11 @@ class ReduceScatterExchange:
         return all_to_all_bytes(self._bytes, rank) + all_gather_bytes(self._bytes[rank], size)
 
     @property
+    def has_own_message(self) -> bool:
+        """See `Exchange`."""
+        return True
+
+    @property
     def waiting_for(self) -> str:
         """See `Exchange`."""
         return f"{self._name}.{'all_to_all' if self._second is None else 'all_gather'}"
@@ -264,13 +295,19 @@ class ReduceScatterExchange:
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
         self._stamp, self._second, self._failure = stamp, None, None
-        rank, size = self._transport.rank, self._transport.size
+        rank = self._transport.rank
         wide = [tensor.to(s.slice.dtype) for tensor, s in zip(values, self._wide.segments, strict=True)]
         for owner, (share, message) in enumerate(zip(self._shares, self._message.split(self._bytes), strict=True)):
             parts = [piece.of(wide) for piece in share.pieces]
             share.codec.encode(parts, stamp.context(0, rank, owner), out=message)
-        received = [self._bytes[rank]] * size
-        self._first = self._transport.start_all_to_all(self._message, self._bytes, received, self.waiting_for)
+        self._send()
+
+    def start_refused(self, reason: str) -> None:
+        """See `Exchange`."""
+        self._second, self._failure = None, None
+        for message in self._message.split(self._bytes):
+            write_refusal(message, reason)
+        self._send()
 
     def advance(self) -> bool:
         """See `Exchange`."""
@@ -279,27 +316,27 @@ class ReduceScatterExchange:
             messages = handle.wait()
             try:
                 self._encode_mean(messages)
-            except WireError as error:
+            except (WireError, RankMismatchError) as error:
                 # The others are waiting for this share: they must learn that there is none.
                 self._failure = error
-                _write_refusal(self._mean_message, str(error))
+                write_refusal(self._mean_message, str(error))
             name = f"{self._name}.all_gather"
             self._second = self._transport.start_all_gather(self._mean_message, self._bytes, name)
         return self._second is not None
 
     def ready(self) -> bool:
         """See `Exchange`."""
-        return self.advance() and _under_way(self._second).ready()
+        return self.advance() and under_way(self._second).ready()
 
     def finish(self, out: Sequence[torch.Tensor], scale: float = 1.0) -> None:
         """See `Exchange`."""
         self._wait_for_first_phase()
-        handle, self._second = _under_way(self._second), None
+        handle, self._second = under_way(self._second), None
         messages = handle.wait()
         if self._failure is not None:
             raise self._failure
         for owner, (share, message) in enumerate(zip(self._shares, messages, strict=True)):
-            _check_not_refused(message, owner)
+            check_not_refused(message, owner)
             share.decode(message, self._stamp.context(1, owner, owner), out, scale)
 
     def drop(self) -> None:
@@ -321,13 +358,17 @@ class ReduceScatterExchange:
         return self._own_message(message, stamp, self._make_shares(codebooks), codebooks)
 
     def _own_message(
-        self, message: torch.Tensor, stamp: Stamp, shares: tuple["_Share", ...], codebooks: Mapping[str, Codebook]
+        self, message: torch.Tensor, stamp: Stamp, shares: tuple["Share", ...], codebooks: Mapping[str, Codebook]
     ) -> "OwnMessage":
         return OwnMessage(message, stamp, self._transport.rank, self.plan, shares, _used(self.plan, codebooks))
 
-    def _make_shares(self, codebooks: Mapping[str, Codebook]) -> tuple["_Share", ...]:
+    def _make_shares(self, codebooks: Mapping[str, Codebook]) -> tuple["Share", ...]:
         plans = self._wide.split(self._transport.size)
-        return tuple(_Share(plan, _pieces(self._wide, plan), Codec(plan, codebooks, self._threads)) for plan in plans)
+        return tuple(Share(plan, pieces_of(self._wide, plan), Codec(plan, codebooks, self._threads)) for plan in plans)
+
+    def _send(self) -> None:
+        received = [self._bytes[self._transport.rank]] * self._transport.size
+        self._first = self._transport.start_all_to_all(self._message, self._bytes, received, self.waiting_for)
 
     def _wait_for_first_phase(self) -> None:
         transport = self._transport
@@ -336,6 +377,8 @@ class ReduceScatterExchange:
     def _encode_mean(self, messages: Sequence[torch.Tensor]) -> None:
         """The mean of this rank's share, from phase 1 to phase 2."""
         rank, size = self._transport.rank, self._transport.size
+        for source, message in enumerate(messages):
+            check_not_refused(message, source)
         contexts = [self._stamp.context(0, source, rank) for source in range(size)]
         codec = self._shares[rank].codec
         codec.decode_mean(messages, contexts, out=self._mean, scale=1.0 / size)
@@ -359,7 +402,7 @@ class OwnMessage:
     stamp: Stamp
     source: int
     plan: MessagePlan
-    shares: tuple["_Share", ...]
+    shares: tuple["Share", ...]
     codebooks: Mapping[str, Codebook]
 
     def decode(self) -> list[torch.Tensor]:
@@ -369,7 +412,7 @@ class OwnMessage:
             WireError: if the bytes are damaged.
         """
         slices = [segment.slice for segment in self.plan.segments]
-        out = [torch.empty(part.length, dtype=_wide_dtype(part.dtype)) for part in slices]
+        out = [torch.empty(part.length, dtype=wide_dtype(part.dtype)) for part in slices]
         sizes = [share.plan.message_bytes for share in self.shares]
         if self.message.numel() != sum(sizes):
             raise WireError(f"a kept message has {self.message.numel()} bytes, expected {sum(sizes)}")
@@ -444,44 +487,14 @@ def exchange_by_bytes(plan: MessagePlan, codebooks: Mapping[str, Codebook], size
     """
     if size <= 2:
         return "allgather"
-    shares = sum(share.message_bytes for share in _in_float32(plan, codebooks).split(size))
+    shares = sum(share.message_bytes for share in in_float32(plan, codebooks).split(size))
     # A rank sends its message K-1 times; or, on average over the ranks, (K-1)/K of all shares in each of two phases.
     saved = (size - 1) * plan.message_bytes - 2 * (size - 1) / size * shares
     return "reduce_scatter" if saved >= WORTH_A_ROUND_TRIP_BYTES else "allgather"
 
 
-def make_exchange(
-    scheme: str,
-    plan: MessagePlan,
-    codebooks: Mapping[str, Codebook],
-    transport: Transport,
-    name: str,
-    threads: WorkerThreads | None = None,
-) -> Exchange:
-    """Exchange of a plan by a scheme.
-
-    Args:
-        scheme: "allgather", "reduce_scatter", or "auto" for `exchange_by_bytes`.
-        plan: layout of the tensors.
-        codebooks: codebooks of the plan's keys.
-        transport: the ranks.
-        name: of its collectives.
-        threads: what runs the codec; by default the calling thread.
-
-    Raises:
-        ConfigError: for another scheme.
-    """
-    if scheme == "auto":
-        scheme = exchange_by_bytes(plan, codebooks, transport.size)
-    if scheme == "allgather":
-        return AllGatherExchange(plan, codebooks, transport, name, threads)
-    if scheme == "reduce_scatter":
-        return ReduceScatterExchange(plan, codebooks, transport, name, threads)
-    raise ConfigError(f"exchange must be allgather, reduce_scatter or auto; got {scheme!r}")
-
-
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Where a segment of a share lies in the whole plan: a range of the elements of one of its segments."""
 
     segment: int
@@ -493,11 +506,11 @@ class _Piece:
 
 
 @dataclass(frozen=True)
-class _Share:
+class Share:
     """A part of a plan with messages of its own."""
 
     plan: MessagePlan
-    pieces: tuple[_Piece, ...]
+    pieces: tuple[Piece, ...]
     codec: Codec
 
     def decode(self, message: torch.Tensor, context: MessageContext, out: Sequence[torch.Tensor], scale: float) -> None:
@@ -511,7 +524,7 @@ class _Share:
             target.copy_(part)
 
 
-def _pieces(plan: MessagePlan, share: MessagePlan) -> tuple[_Piece, ...]:
+def pieces_of(plan: MessagePlan, share: MessagePlan) -> tuple[Piece, ...]:
     """Place of every segment of a share; both are in the same order."""
     pieces = []
     index = 0
@@ -520,7 +533,7 @@ def _pieces(plan: MessagePlan, share: MessagePlan) -> tuple[_Piece, ...]:
         while not _contains(plan.segments[index].slice, part):
             index += 1
         begin = part.start - plan.segments[index].slice.start
-        pieces.append(_Piece(index, begin, begin + part.length))
+        pieces.append(Piece(index, begin, begin + part.length))
     return tuple(pieces)
 
 
@@ -533,31 +546,31 @@ def _contains(whole: Slice, part: Slice) -> bool:
     return whole.parameter == part.parameter and inside
 
 
-def _in_float32(plan: MessagePlan, codebooks: Mapping[str, Codebook]) -> MessagePlan:
+def in_float32(plan: MessagePlan, codebooks: Mapping[str, Codebook]) -> MessagePlan:
     """The plan with 16-bit slices as float32; the codes take the same bytes."""
     slices = [segment.slice for segment in plan.segments]
-    wide = [replace(part, dtype=_wide_dtype(part.dtype)) for part in slices]
+    wide = [replace(part, dtype=wide_dtype(part.dtype)) for part in slices]
     return plan if wide == slices else MessagePlan.build(wide, codebooks)
 
 
-def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
-def _under_way(handle: Handle | None) -> Handle:
+def under_way(handle: Handle | None) -> Handle:
     if handle is None:
         raise QodaError("this exchange has no round under way: compress() comes before decompress()")
     return handle
 
 
-def _write_refusal(message: torch.Tensor, reason: str) -> None:
+def write_refusal(message: torch.Tensor, reason: str) -> None:
     """Fill a message with the reason why there is none."""
     text = (_REFUSAL + reason.encode())[: message.numel()]
     message.zero_()
     message[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def _check_not_refused(message: torch.Tensor, owner: int) -> None:
+def check_not_refused(message: torch.Tensor, owner: int) -> None:
     """Raise RankMismatchError for a message that holds a refusal."""
     if message[: len(_REFUSAL)].numpy().tobytes() == _REFUSAL:
         reason = message[len(_REFUSAL) :].numpy().tobytes().rstrip(b"\0").decode(errors="replace")

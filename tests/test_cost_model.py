@@ -22,7 +22,7 @@ from hvd_qoda.cost_model import (
     predict,
 )
 from hvd_qoda.errors import ConfigError
-from hvd_qoda.exchange import make_exchange
+from hvd_qoda.schemes import make_exchange
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Slice
 from tests.in_memory_transport import InMemoryGroup

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hvd_qoda.errors import ConfigError, ExchangeTimeoutError, QodaError, RankMismatchError, WireError
-from hvd_qoda.exchange import Exchange, PendingExchanges, Stamp, exchange_by_bytes, make_exchange
+from hvd_qoda.exchange import Exchange, PendingExchanges, Stamp, exchange_by_bytes
+from hvd_qoda.schemes import make_exchange
 from hvd_qoda.transport import LocalTransport
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
@@ -214,7 +215,7 @@ def test_exchange_by_bytes_reduce_scatters_what_saves_64_kib(size: int, elements
     sent = {s: sum(e.sent_bytes for e in make_all(s, plan, group)) / size for s in SCHEMES}
     chosen = exchange_by_bytes(plan, CODEBOOKS, size)
     assert (chosen == "reduce_scatter") == (sent["allgather"] - sent["reduce_scatter"] >= 65_536)
-    assert type(make_all("auto", plan, group)[0]) is type(make_all(chosen, plan, group)[0])
+    assert type(make_all("by_bytes", plan, group)[0]) is type(make_all(chosen, plan, group)[0])
     if elements in (1, 200_000):
         assert chosen == ("allgather" if elements == 1 else "reduce_scatter")
 

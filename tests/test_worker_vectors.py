@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hvd_qoda.errors import ConfigError, QodaError
-from hvd_qoda.exchange import Stamp, make_exchange
+from hvd_qoda.exchange import Stamp
 from hvd_qoda.optim import WorkerNorms
+from hvd_qoda.schemes import make_exchange
 from hvd_qoda.staging import cpu_values, written_back
 from hvd_qoda.step_account import CONTROL, StepAccount
 from hvd_qoda.telemetry import LayerTypeRecord

@@ -9,9 +9,10 @@ import torch
 
 from hvd_qoda.config import QodaConfig
 from hvd_qoda.errors import RankMismatchError
-from hvd_qoda.exchange import Exchange, PendingExchanges, make_exchange
+from hvd_qoda.exchange import Exchange, PendingExchanges
 from hvd_qoda.horovod.token import TokenScale
 from hvd_qoda.horovod.transport import HorovodTransport
+from hvd_qoda.schemes import make_exchange
 from hvd_qoda.traffic import TrafficMeter
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.layout import MessagePlan, Slice
@@ -101,6 +102,11 @@ class World:
         slices = [Slice(name, 0, entry.numel, dtype, entry.codebook, entry.offset)]
         plan = MessagePlan.build(slices, registry.codebooks)
         exchange = make_exchange(
-            self._config.exchange, plan, registry.codebooks, self.transport, f"{self._name}.{name}", self._threads
+            "by_bytes" if self._config.exchange == "auto" else self._config.exchange,
+            plan,
+            registry.codebooks,
+            self.transport,
+            f"{self._name}.{name}",
+            self._threads,
         )
         return Route(entry, exchange, by_host=False)

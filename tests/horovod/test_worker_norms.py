@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from hvd_qoda.errors import ConfigError, QodaError
-from hvd_qoda.exchange import Stamp, make_exchange
+from hvd_qoda.exchange import Stamp
 from hvd_qoda.optim import QODA, WorkerNorms
+from hvd_qoda.schemes import make_exchange
 from hvd_qoda.transport import LocalTransport
 from qoda_kernels.codec import Codec
 from qoda_kernels.layout import MessagePlan, Slice

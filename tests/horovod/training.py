@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from hvd_qoda.compression import Compression
-from hvd_qoda.exchange import Stamp, make_exchange
+from hvd_qoda.exchange import Stamp
 from hvd_qoda.horovod import QodaCompressor
+from hvd_qoda.schemes import make_exchange
 from hvd_qoda.telemetry import StepRecord
 from qoda_kernels.layout import MessagePlan, Slice
 from tests.in_memory_transport import InMemoryGroup

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from hvd_qoda.agreement import check_agreement
 from hvd_qoda.errors import ConfigError, ExchangeTimeoutError, RankMismatchError
-from hvd_qoda.exchange import PendingExchanges, Stamp, make_exchange
+from hvd_qoda.exchange import PendingExchanges, Stamp
+from hvd_qoda.schemes import make_exchange
 from hvd_qoda.torch_distributed import TorchTransport
 from hvd_qoda.transport import all_gather_array
 from qoda_kernels.codebook import Codebook

@@ -1,0 +1,51 @@
+"""The names of the schemes, and the exchange of each."""
+
+from collections.abc import Mapping
+
+from hvd_qoda.errors import ConfigError, UnsupportedError
+from hvd_qoda.exchange import AllGatherExchange, Exchange, ReduceScatterExchange, exchange_by_bytes
+from hvd_qoda.hierarchical import HierarchicalExchange
+from hvd_qoda.hosts import Hosts
+from hvd_qoda.transport import Transport
+from qoda_kernels.codebook import Codebook
+from qoda_kernels.layout import MessagePlan
+from qoda_kernels.worker_threads import WorkerThreads
+
+__all__ = ["make_exchange"]
+
+
+def make_exchange(
+    scheme: str,
+    plan: MessagePlan,
+    codebooks: Mapping[str, Codebook],
+    transport: Transport,
+    name: str,
+    threads: WorkerThreads | None = None,
+    hosts: Hosts | None = None,
+) -> Exchange:
+    """Exchange of a plan by a scheme.
+
+    Args:
+        scheme: "allgather", "reduce_scatter", "hierarchical", or "by_bytes" for `exchange_by_bytes`.
+        plan: layout of the tensors.
+        codebooks: codebooks of the plan's keys.
+        transport: the ranks.
+        name: of its collectives.
+        threads: what runs the codec; by default the calling thread.
+        hosts: where the ranks run; needed for "hierarchical".
+
+    Raises:
+        ConfigError: for another scheme.
+        UnsupportedError: for "hierarchical" where hosts have unequal numbers of ranks, or are not known.
+    """
+    if scheme == "by_bytes":
+        scheme = exchange_by_bytes(plan, codebooks, transport.size)
+    if scheme == "allgather":
+        return AllGatherExchange(plan, codebooks, transport, name, threads)
+    if scheme == "reduce_scatter":
+        return ReduceScatterExchange(plan, codebooks, transport, name, threads)
+    if scheme == "hierarchical":
+        if hosts is None:
+            raise UnsupportedError("a hierarchical exchange needs to know which ranks share a host")
+        return HierarchicalExchange(plan, codebooks, transport, name, hosts, threads)
+    raise ConfigError(f"exchange must be allgather, reduce_scatter, hierarchical or by_bytes; got {scheme!r}")
