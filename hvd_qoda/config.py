@@ -50,8 +50,9 @@ from qoda_kernels.registry import (
     LayerRule,
     LayerSettings,
 )
+from qoda_kernels.tails import TAIL_SCHEMES, TAIL_SHARE, TailSettings
 
-__all__ = ["ENVIRONMENT", "LayerRule", "QodaConfig", "UpdateLevels"]
+__all__ = ["ENVIRONMENT", "LayerRule", "QodaConfig", "Tails", "UpdateLevels"]
 
 ENVIRONMENT: Mapping[str, str] = {
     "CGX_COMPRESSION_QUANTIZATION_BITS": "bits",
@@ -181,6 +182,24 @@ class UpdateLevels(_Model):
         return any(self.is_due(later) for later in range(step + 1, step + self.samples + 1))
 
 
+class Tails(_Model):
+    """How codebooks that clip are fitted to the gradients: the levels "tuq", "tnq", "tbq" and "laplace".
+
+    - `optimum`: how the clip value is chosen: "fixed_point" (as in the TQSGD papers), "bound" (least worst-case
+      rounding and clipping error) or "expected" (least average error). Default "expected".
+    - `gmin`: where the power-law tail begins, "quantile" or "kolmogorov_smirnov". Default "quantile".
+    - `tail_share`: share of the values that lie beyond gmin, for "quantile". Default 0.1.
+    """
+
+    optimum: Literal["fixed_point", "bound", "expected"] = "expected"
+    gmin: Literal["quantile", "kolmogorov_smirnov"] = "quantile"
+    tail_share: Annotated[float, Field(gt=0.0, lt=0.5)] = TAIL_SHARE
+
+    def to_settings(self) -> TailSettings:
+        """The same for `qoda_kernels`."""
+        return TailSettings(self.optimum, self.gmin, self.tail_share)
+
+
 class QodaConfig(_Model):
     """Configuration of layer-wise quantized gradients; immutable, equal on all ranks.
 
@@ -188,7 +207,9 @@ class QodaConfig(_Model):
     - `bucket_size`: coordinates that share one norm; a multiple of 128 between 128 and 8192. Default 512.
     - `norm`: what normalises a bucket, "max" or "l2". Default "max".
     - `norm_format`: how norms travel, "fp32" or "bf16" (rounded up). Default "fp32".
-    - `levels`: "uniform", "exponential", "adaptive" (least variance) or 2^(bits-1) numbers. Default "adaptive".
+    - `levels`: "uniform", "exponential", "adaptive" (least variance), "tuq", "tnq", "tbq" or "laplace" (clipped, for
+      heavy tails; biased) or 2^(bits-1) numbers. Default "adaptive".
+    - `tails`: how levels that clip are fitted: `optimum`, `gmin`, `tail_share` (see `Tails`).
     - `coding`: "fixed", code words of `bits` bits; the only one in this version.
     - `exchange`: "auto", "allgather" (quantized once) or "reduce_scatter" (twice, fewer bytes). Default "auto".
     - `error_feedback`: false; not available in this version.
@@ -221,6 +242,7 @@ class QodaConfig(_Model):
         Field(strict=False),
     ] = ()
     update_levels: UpdateLevels = UpdateLevels()
+    tails: Tails = Tails()
     min_numel: _Count = DEFAULT_MIN_NUMEL
     measure_error_every: _Count = 100
     worker_norms: bool = False
@@ -318,7 +340,8 @@ class QodaConfig(_Model):
     @property
     def settings(self) -> LayerSettings:
         """Settings of parameters that no rule changes."""
-        return LayerSettings(self.bits, self.bucket_size, self.norm, self.norm_format, self.levels)
+        tails = self.tails.to_settings()
+        return LayerSettings(self.bits, self.bucket_size, self.norm, self.norm_format, self.levels, tails)
 
     @property
     def rules(self) -> tuple[LayerRule, ...]:
@@ -348,9 +371,10 @@ class QodaConfig(_Model):
 
     def _check_updates(self) -> None:
         schemes = (self.levels, *(layer.levels for layer in self.layers))
-        if "adaptive" in schemes and not self.update_levels.happens:
+        learnt = [scheme for scheme in schemes if scheme in ("adaptive", *TAIL_SCHEMES)]
+        if learnt and not self.update_levels.happens:
             raise ConfigError(
-                "update_levels: adaptive levels need `at` or `every`; for levels that never change use "
+                f"update_levels: {learnt[0]} levels need `at` or `every`; for levels that never change use "
                 "levels='uniform' or 'exponential'"
             )
 
@@ -524,7 +548,8 @@ def _model_at(model: type[_Model], location: Sequence[int | str]) -> type[_Model
     """The model whose key the last part of the location is."""
     if location[0] == "layers" and len(location) > 1:
         return LayerRuleFields
-    return UpdateLevels if location[0] == "update_levels" and len(location) > 1 else model
+    blocks: dict[str, type[_Model]] = {"update_levels": UpdateLevels, "tails": Tails}
+    return blocks.get(str(location[0]), model) if len(location) > 1 else model
 
 
 def _literals(model: type[_Model], location: Sequence[int | str]) -> tuple[str, ...]:

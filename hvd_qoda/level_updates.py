@@ -10,7 +10,7 @@ due at such a step is made up for by the next one that begins.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ import torch
 from hvd_qoda.agreement import check_agreement
 from hvd_qoda.config import UpdateLevels
 from hvd_qoda.transport import Transport, all_gather_array
+from qoda_kernels.levels import Distribution
+from qoda_kernels.magnitudes import MagnitudeStatistics
 from qoda_kernels.registry import CodebookRegistry
-from qoda_kernels.statistics import LevelStatistics, statistics_class
+from qoda_kernels.statistics import ExchangedStatistics, statistics_class
 
 __all__ = ["LevelUpdates"]
 
@@ -34,10 +36,13 @@ class LevelUpdates:
 
     def __init__(self, schedule: UpdateLevels, registry: CodebookRegistry) -> None:
         self._schedule = schedule
-        self._statistics = statistics_class(schedule.statistics)
         self._keys = registry.adaptive_keys
-        self._merged: dict[str, LevelStatistics] = {}  # the same on every rank
-        self._own: dict[str, LevelStatistics] = {}  # of this rank in this step, by parameter
+        self._statistics: dict[str, type[ExchangedStatistics]] = {
+            key: MagnitudeStatistics if registry.settings[key].clips else statistics_class(schedule.statistics)
+            for key in self._keys
+        }
+        self._merged: dict[str, ExchangedStatistics] = {}  # the same on every rank
+        self._own: dict[str, ExchangedStatistics] = {}  # of this rank in this step, by parameter
         self._begun = 0  # the last step that has begun
 
     def begin_step(self, step: int, registry: CodebookRegistry, transport: Transport) -> CodebookRegistry:
@@ -56,7 +61,8 @@ class LevelUpdates:
         self._merged = {}
         if not usable:
             return registry
-        updated = registry.updated(usable)
+        # Each is of the class that `_statistics` names for its codebook, and all of these are one or the other.
+        updated = registry.updated(cast(Mapping[str, Distribution | MagnitudeStatistics], usable))
         check_agreement(transport, {f"levels at step {step}": updated.describe()["codebooks"]}, "hvd_qoda.levels")
         return updated
 
@@ -72,8 +78,10 @@ class LevelUpdates:
             values: contiguous 1-D CPU tensor.
             registry: the codebooks of this step.
         """
-        codebook = registry.codebooks[registry.parameters[parameter].codebook]
-        self._own[parameter] = self._statistics.gather(values.float().numpy(), codebook.bucket_size, codebook.norm)
+        key = registry.parameters[parameter].codebook
+        codebook = registry.codebooks[key]
+        gathered = self._statistics[key].gather(values.float().numpy(), codebook.bucket_size, codebook.norm)
+        self._own[parameter] = gathered
 
     def end_step(self, step: int, registry: CodebookRegistry, transport: Transport) -> None:
         """Exchange and add up what has been gathered since a step began; a collective call that waits.
@@ -84,14 +92,15 @@ class LevelUpdates:
         if not self._keys or not any(self._schedule.gathers(each) for each in range(self._begun, step + 1)):
             return
         # In the model's order: hooks run in another order on every rank and in every run.
-        parts: dict[str, list[LevelStatistics]] = {key: [] for key in self._keys}
+        parts: dict[str, list[ExchangedStatistics]] = {key: [] for key in self._keys}
         for name, entry in registry.parameters.items():
             if name in own:
                 parts[entry.codebook].append(own[name])
-        arrays = np.stack([self._statistics.merge_in_order(parts[key]).to_array() for key in self._keys])
-        for array in all_gather_array(transport, arrays, "hvd_qoda.statistics"):
-            for key, row in zip(self._keys, array, strict=True):
-                received = self._statistics.from_array(row)
+        arrays = [self._statistics[key].merge_in_order(parts[key]).to_array() for key in self._keys]
+        ends = np.cumsum([array.size for array in arrays])
+        for array in all_gather_array(transport, np.concatenate(arrays), "hvd_qoda.statistics"):
+            for key, part in zip(self._keys, np.split(array, ends[:-1]), strict=True):
+                received = self._statistics[key].from_array(part)
                 self._merged[key] = self._merged[key].merge(received) if key in self._merged else received
 
     def abandon_step(self) -> None:
@@ -112,7 +121,7 @@ class LevelUpdates:
         self._begun = int(state["begun"])
         same_kind = state["statistics"] == self._schedule.statistics
         self._merged = {
-            key: self._statistics.from_array(np.array(array, dtype=np.float64))
+            key: self._statistics[key].from_array(np.array(array, dtype=np.float64))
             for key, array in state["merged"].items()
-            if same_kind and key in self._keys
+            if key in self._keys and (same_kind or self._statistics[key] is MagnitudeStatistics)
         }

@@ -111,6 +111,10 @@ WRONG = [
     ({"update_levels": {"samples": 0}}, "update_levels.samples=0", "at least 1"),
     ({"update_levels": {"statistics": "histogramm"}}, "update_levels.statistics=", "did you mean 'histogram'"),
     ({"update_levels": {"at": [], "every": None}}, "update_levels", "`at` or `every`"),
+    ({"update_levels": {"at": [], "every": None}, "levels": "tnq"}, "update_levels", "tnq levels need"),
+    ({"tails": {"optimum": "fixedpoint"}}, "tails.optimum=", "did you mean 'fixed_point'"),
+    ({"tails": {"tail_share": 0.5}}, "tails.tail_share=0.5", "less than 0.5"),
+    ({"tails": {"gmax": "quantile"}}, "tails.gmax", "did you mean 'gmin'"),
 ]
 
 

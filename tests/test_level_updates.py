@@ -11,8 +11,10 @@ from hvd_qoda.config import QodaConfig
 from hvd_qoda.errors import RankMismatchError
 from hvd_qoda.level_updates import LevelUpdates
 from qoda_kernels.levels import minimum_variance_levels
+from qoda_kernels.magnitudes import MagnitudeStatistics
 from qoda_kernels.registry import CodebookRegistry
 from qoda_kernels.statistics import HistogramStatistics
+from qoda_kernels.tails import TailSettings, learnt_truncation
 from tests.in_memory_transport import InMemoryGroup
 
 SIZES = {"one.weight": 3000, "two.weight": 5000}
@@ -198,3 +200,44 @@ def test_ranks_that_compute_other_levels_find_out() -> None:
 
     for message in InMemoryGroup(2).run(train):
         assert "levels at step 4: feed_forward: levels" in message
+
+
+def test_codebooks_that_clip_learn_from_all_ranks_magnitudes() -> None:
+    config = configuration(levels="tnq", bits=4, tails={"optimum": "bound"})
+    start = registry_of(config)
+    (key,) = start.adaptive_keys
+    assert start.codebooks[key].clip == 0.0  # nothing is known yet: norms
+
+    def train(transport: Any) -> tuple[CodebookRegistry, dict[str, Any]]:
+        updates = LevelUpdates(config.update_levels, start)
+        middle = run_steps(updates, start, transport, range(1, 4))
+        resumed = LevelUpdates(config.update_levels, start)
+        resumed.load_state_dict(json.loads(json.dumps(updates.state_dict())))
+        through = [run_steps(each, middle, transport, range(4, 5)) for each in (updates, resumed)]
+        assert through[0].digest == through[1].digest
+        return through[0], through[0].state_dict()
+
+    results = InMemoryGroup(3).run(train)
+    assert all(registry.digest == results[0][0].digest for registry, _ in results)
+    everything = [gradient(name, rank, step).numpy() for name in SIZES for step in (2, 3) for rank in range(3)]
+    wanted, _ = learnt_truncation(
+        MagnitudeStatistics.gather(np.concatenate(everything)), "tnq", 4, TailSettings(optimum="bound")
+    )
+    learnt = results[0][0].codebooks[key]
+    assert learnt.clip == pytest.approx(wanted.clip, rel=1e-6)
+    np.testing.assert_allclose(learnt.levels, wanted.levels, rtol=1e-5)
+    assert start.restored(results[0][1]).codebooks[key] == learnt
+
+
+def test_schemes_may_differ_by_layer_type() -> None:
+    layers = [
+        {"name": "one.weight", "as_type": "feed_forward", "levels": "tuq"},
+        {"name": "two.weight", "as_type": "attention", "levels": "adaptive"},
+    ]
+    config = configuration(layers=layers)
+    start = registry_of(config)
+    after = InMemoryGroup(2).run(lambda t: run_steps(LevelUpdates(config.update_levels, start), start, t, range(1, 5)))
+    assert after[0].digest == after[1].digest
+    assert after[0].codebooks["feed_forward"].clip > 0.0
+    assert after[0].codebooks["attention"].clip == 0.0
+    assert after[0].codebooks["attention"].version == 1

@@ -54,7 +54,6 @@ class MagnitudeStatistics:
     zeros: values that are exactly 0. skipped: values that are not finite.
     """
 
-    statistics_kind: ClassVar[str] = "magnitudes"
     array_length: ClassVar[int] = _COUNTERS + 2 * 3 * MAGNITUDE_CELLS
 
     cells: Float64Array
@@ -67,8 +66,11 @@ class MagnitudeStatistics:
         return cls(np.zeros((2, MAGNITUDE_CELLS, 3)))
 
     @classmethod
-    def gather(cls, values: Float32Array) -> Self:
-        """Statistics of one tensor, float32 [n]; raises CodebookError for another type or shape."""
+    def gather(cls, values: Float32Array, bucket_size: int = 0, norm: str = "") -> Self:
+        """Statistics of one tensor, float32 [n]; raises CodebookError for another type or shape.
+
+        bucket_size and norm are those of the codebook, and not used: codebooks that clip look at no bucket.
+        """
         if values.dtype != np.float32 or values.ndim != 1:
             raise CodebookError(f"statistics need float32 values in one dimension, not {values.dtype} {values.shape}")
         cells = np.zeros((2, MAGNITUDE_CELLS, 3))

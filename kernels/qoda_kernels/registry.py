@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,12 +29,15 @@ from qoda_kernels.codebook import EXACT_BITS, Codebook
 from qoda_kernels.errors import CodebookError, RegistryError
 from qoda_kernels.layer_types import layer_types, layer_types_of_named_parameters
 from qoda_kernels.levels import Distribution, minimum_variance_levels
+from qoda_kernels.magnitudes import MagnitudeStatistics
+from qoda_kernels.tails import TAIL_SCHEMES, Scheme, TailSettings, learnt_truncation
 
-LEVEL_SCHEMES = ("uniform", "exponential", "adaptive")
+LEVEL_SCHEMES = ("uniform", "exponential", "adaptive", *TAIL_SCHEMES)
 COMPRESSIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEFAULT_MIN_NUMEL = 1024
 STATE_FORMAT = 1
 
+_DEFAULT_TAILS = TailSettings()
 _TYPE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SELECTORS = ("type", "name", "min_numel", "max_numel")
 _SHOWN_DIFFERENCES = 5
@@ -49,7 +52,9 @@ class LayerSettings:
         bucket_size: coordinates that share one norm; a multiple of 128 between 128 and 8192.
         norm: "max" or "l2".
         norm_format: "fp32" or "bf16".
-        levels: "uniform", "exponential", "adaptive" (see `codebook`), or 2^(bits-1) explicit magnitudes from 0 to 1.
+        levels: "uniform", "exponential", "adaptive" (see `codebook`), one of the schemes "tuq", "tnq", "tbq" and
+            "laplace", which clip (`tails.py`), or 2^(bits-1) explicit magnitudes from 0 to 1.
+        tails: how codebooks that clip are fitted.
     """
 
     bits: int = 5
@@ -57,6 +62,7 @@ class LayerSettings:
     norm: str = "max"
     norm_format: str = "fp32"
     levels: str | tuple[float, ...] = "adaptive"
+    tails: TailSettings = _DEFAULT_TAILS
 
     @property
     def is_exact(self) -> bool:
@@ -66,11 +72,16 @@ class LayerSettings:
     @property
     def is_adaptive(self) -> bool:
         """Whether the levels follow the gradients' statistics."""
-        return self.levels == "adaptive" and not self.is_exact
+        return (self.levels == "adaptive" or self.clips) and not self.is_exact
+
+    @property
+    def clips(self) -> bool:
+        """Whether the codebook clips at a value learnt from the gradients' magnitudes."""
+        return self.levels in TAIL_SCHEMES and not self.is_exact
 
     @property
     def level_scheme(self) -> str:
-        """One word: "uniform", "exponential", "adaptive", "explicit", or "exact" where there are no levels."""
+        """One word: one of LEVEL_SCHEMES, "explicit", or "exact" where there are no levels."""
         if self.is_exact:
             return "exact"
         return self.levels if isinstance(self.levels, str) else "explicit"
@@ -80,7 +91,8 @@ class LayerSettings:
 
         Adaptive levels start as the better of uniform and exponential ones, judged by the largest of their variances
         on synthetic normal, Laplace and Student-t3 buckets of 512: exponential up to 4 bits with the max norm and up to
-        6 bits with the L2 norm, whose normalised coordinates are of order 1/sqrt(512); else uniform.
+        6 bits with the L2 norm, whose normalised coordinates are of order 1/sqrt(512); else uniform. Codebooks that
+        will clip start in the same way, with norms and without clipping: nothing is known yet.
 
         Raises:
             CodebookError: for impossible values.
@@ -94,8 +106,10 @@ class LayerSettings:
             raise CodebookError(
                 f"levels must be one of {', '.join(LEVEL_SCHEMES)}, or explicit magnitudes; got {self.levels!r}"
             )
+        if self.clips and self.norm != "max":
+            raise CodebookError(f'levels {self.levels!r} clip instead of using norms: norm must be "max"')
         starts_exponential = self.bits <= (4 if self.norm == "max" else 6)
-        if self.levels == "exponential" or (self.levels == "adaptive" and starts_exponential):
+        if self.levels == "exponential" or (self.is_adaptive and starts_exponential):
             return Codebook.exponential(self.bits, **fields)
         return Codebook.uniform(self.bits, **fields)
 
@@ -158,7 +172,7 @@ class LayerRule:
     @property
     def settings(self) -> dict[str, Any]:
         """The fields of `LayerSettings` that the rule sets."""
-        names = (field.name for field in dataclasses.fields(LayerSettings))
+        names = (field.name for field in dataclasses.fields(LayerSettings) if field.name != "tails")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def selects(self, name: str, layer_type: str, numel: int) -> bool:
@@ -268,17 +282,20 @@ class CodebookRegistry:
         text = json.dumps(self.describe(), sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
-    def updated(self, statistics: Mapping[str, Distribution]) -> "CodebookRegistry":
+    def updated(self, statistics: Mapping[str, Distribution | MagnitudeStatistics]) -> "CodebookRegistry":
         """Registry with minimum-variance levels (QODA, arXiv 2505.14371, step 1), its version one higher.
+
+        Codebooks that clip get the levels and the clip value of their scheme instead (`tails.py`).
 
         Ranks that pass equal statistics get equal registries.
 
         Args:
-            statistics: codebook key -> statistics merged over all ranks; adaptive codebooks that are left out keep
-                their levels and version.
+            statistics: codebook key -> statistics merged over all ranks, of magnitudes for codebooks that clip;
+                adaptive codebooks that are left out keep their levels and version.
 
         Raises:
-            RegistryError: for a key that is unknown, or whose codebook is not adaptive.
+            RegistryError: for a key that is unknown, whose codebook is not adaptive, or whose statistics are not of
+                the kind that its codebook needs.
         """
         version = self.version + 1
         codebooks = dict(self.codebooks)
@@ -287,9 +304,7 @@ class CodebookRegistry:
                 raise RegistryError(
                     f"codebook {key!r} is not adaptive; the adaptive ones: {_listed(self.adaptive_keys)}"
                 )
-            old = codebooks[key]
-            levels = minimum_variance_levels(gathered, old.bits, previous=old.levels)
-            codebooks[key] = old.with_levels([float(level) for level in levels], version)
+            codebooks[key] = _learnt(key, codebooks[key], self.settings[key], gathered, version)
         return dataclasses.replace(self, codebooks=codebooks, version=version)
 
     def describe(self) -> dict[str, Any]:
@@ -401,11 +416,34 @@ def _without_levels(description: Mapping[str, Any]) -> dict[str, Any]:
         key: {
             name: value
             for name, value in fields.items()
-            if fields["level_scheme"] != "adaptive" or name not in ("levels", "version")
+            if not _is_learnt(fields["level_scheme"]) or name not in ("levels", "version", "clip")
         }
         for key, fields in description["codebooks"].items()
     }
     return {**description, "codebooks": codebooks, "version": None}
+
+
+def _is_learnt(level_scheme: str) -> bool:
+    return level_scheme == "adaptive" or level_scheme in TAIL_SCHEMES
+
+
+def _learnt(
+    key: str, old: Codebook, settings: LayerSettings, gathered: Distribution | MagnitudeStatistics, version: int
+) -> Codebook:
+    """A codebook with the levels that its scheme takes from statistics."""
+    if isinstance(gathered, MagnitudeStatistics) != settings.clips:
+        raise RegistryError(
+            f"codebook {key!r} with levels {settings.levels!r} cannot learn from {type(gathered).__name__}"
+        )
+    if isinstance(gathered, MagnitudeStatistics):
+        found, _ = learnt_truncation(gathered, _scheme_of(settings), old.bits, settings.tails)
+        return old.with_levels([float(level) for level in found.levels], version, found.clip)
+    levels = minimum_variance_levels(gathered, old.bits, previous=old.levels)
+    return old.with_levels([float(level) for level in levels], version)
+
+
+def _scheme_of(settings: LayerSettings) -> Scheme:
+    return cast(Scheme, settings.levels)
 
 
 def _codebook_of_state(fields: Mapping[str, Any]) -> Codebook:

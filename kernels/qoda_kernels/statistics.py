@@ -52,10 +52,9 @@ _NARROWEST_PIECE = 2.0**-40
 _SMALLEST_DEVIATION = 2.0**-20
 
 
-class LevelStatistics(Distribution, Protocol):
+class ExchangedStatistics(Protocol):
     """Statistics of one layer type: gathered locally, exchanged as an array of fixed length, merged in rank order."""
 
-    statistics_kind: ClassVar[StatisticsKind]
     array_length: ClassVar[int]
 
     @classmethod
@@ -87,6 +86,17 @@ class LevelStatistics(Distribution, Protocol):
         ...
 
     @property
+    def squared_norm(self) -> float:
+        """Sum of the squares of all values: what Psi is divided by for a relative error."""
+        ...
+
+
+class LevelStatistics(Distribution, ExchangedStatistics, Protocol):
+    """Statistics of normalised magnitudes, from which levels of least variance are computed."""
+
+    statistics_kind: ClassVar[StatisticsKind]
+
+    @property
     def bucket_count(self) -> int:
         """Finite buckets read."""
         ...
@@ -99,11 +109,6 @@ class LevelStatistics(Distribution, Protocol):
     @property
     def weight(self) -> float:
         """Sum over coordinates of the squared norm of their bucket."""
-        ...
-
-    @property
-    def squared_norm(self) -> float:
-        """Sum of the squares of all values: what Psi is divided by for a relative error."""
         ...
 
 

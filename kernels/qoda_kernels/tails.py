@@ -43,6 +43,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
+from qoda_kernels.codebook import LARGEST_CLIP, SMALLEST_CLIP
 from qoda_kernels.elementary import exponential, logarithm, power
 from qoda_kernels.errors import CodebookError
 from qoda_kernels.levels import Float32Array, Float64Array, level_count
@@ -63,6 +64,21 @@ FEWEST_TAIL_VALUES = 50  # fewer are no evidence of a power law
 _THIRD = 1.0 / 3.0
 _FIRST_GRID, _GRID, _ZOOMS = 64, 16, 12  # intervals and rounds of the one-dimensional searches
 _SMALLEST_RELATIVE_GAP = 2.0**-12  # between levels, as in `levels.py`
+
+
+@dataclass(frozen=True)
+class TailSettings:
+    """How codebooks that clip are fitted.
+
+    Attributes:
+        optimum: how alpha is chosen: "fixed_point" (the papers'), "bound" or "expected"; see the file's docstring.
+        gmin: where the tail begins: "quantile" or "kolmogorov_smirnov"; see `fit_tail`.
+        tail_share: share of the values beyond gmin, for "quantile"; between 0 and 0.5.
+    """
+
+    optimum: Optimum = "expected"
+    gmin: GminRule = "quantile"
+    tail_share: float = TAIL_SHARE
 
 
 class TailModel(Protocol):
@@ -516,19 +532,20 @@ def _as_levels(points: Float64Array) -> Float32Array:
 
 
 def learnt_truncation(
-    statistics: MagnitudeStatistics, scheme: Scheme, bits: int, optimum: Optimum = "bound", workers: int = 1
+    statistics: MagnitudeStatistics, scheme: Scheme, bits: int, settings: TailSettings | None = None
 ) -> tuple[Truncation, TailFit]:
     """Clip value and levels from statistics: what a layer type is quantized with after an update.
 
     Where the tail is not heavy, the Laplace density stands in for the power law. alpha is never larger than the largest
     magnitude seen. Raises CodebookError as `fit_tail` and `truncation` do.
     """
-    fit = fit_tail(statistics)
+    chosen = settings or TailSettings()
+    fit = fit_tail(statistics, chosen.gmin, chosen.tail_share)
     model = fit.laplace if scheme == "laplace" else fit.model
-    found = truncation(model, scheme, bits, optimum, workers)
-    largest = statistics.largest
-    if found.clip <= largest:
+    found = truncation(model, scheme, bits, chosen.optimum)
+    clip = min(max(min(found.clip, statistics.largest), SMALLEST_CLIP), LARGEST_CLIP)
+    if clip == found.clip:
         return found, fit
     half = level_count(bits) - 1
-    levels = _as_levels(_POINTS["tuq" if half == 1 else scheme](model, largest, half) / largest)
-    return Truncation(largest, levels, found.error, found.is_clamped), fit
+    levels = _as_levels(_POINTS["tuq" if half == 1 else scheme](model, clip, half) / clip)
+    return Truncation(clip, levels, found.error, found.is_clamped), fit

@@ -26,8 +26,9 @@ from rich.table import Table
 
 from launch.bench.convergence_plot import draw_scores
 from launch.train.job import SUMMARY_FILE, Job, JobError, interrupt_on_terminate, program_path, run_job
-from launch.train.options import LEVELS, HelpFormatter, not_negative, parse_options, positive, steps_list
+from launch.train.options import HelpFormatter, not_negative, parse_options, positive, steps_list
 from launch.train.summary import write_everywhere
+from qoda_kernels.registry import LEVEL_SCHEMES
 
 _RESULTS = Path(__file__).resolve().parents[1] / "results"
 _SCORES = ("train_loss", "test_loss", "test_accuracy", "bytes_sent_per_step")
@@ -51,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--steps", type=positive, default=400, help="optimizer steps of each run")
     parser.add_argument("--batch-size", type=positive, default=64, help="examples per rank and step")
     parser.add_argument("--bits", type=int, choices=range(2, 9), default=5, help="bits of the compressed runs")
-    parser.add_argument("--levels", choices=LEVELS, default="adaptive", help="their quantization levels")
+    parser.add_argument("--levels", choices=LEVEL_SCHEMES, default="adaptive", help="their quantization levels")
     parser.add_argument(
         "--update-levels-at",
         type=steps_list,

@@ -24,10 +24,11 @@ from rich.table import Table
 
 from hvd_qoda.sinks import read_steps
 from launch.train.job import STEPS_FILE, SUMMARY_FILE, Job, JobError, interrupt_on_terminate, program_path, run_job
-from launch.train.options import EXCHANGES, LEVELS, OPTIMIZERS, HelpFormatter, not_negative, positive
+from launch.train.options import EXCHANGES, OPTIMIZERS, HelpFormatter, not_negative, positive
 from launch.train.plots import compare_runs
 from launch.train.summary import write_everywhere
 from qoda_kernels.codebook import EXACT_BITS
+from qoda_kernels.registry import LEVEL_SCHEMES
 
 PLOT_FILE = "demo.png"
 _FP32, _QODA = "fp32", "qoda"
@@ -47,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--bits", type=int, choices=range(2, 9), default=5, help="bits per coordinate of the second run"
     )
-    parser.add_argument("--levels", choices=LEVELS, default="adaptive", help="its quantization levels")
+    parser.add_argument("--levels", choices=LEVEL_SCHEMES, default="adaptive", help="its quantization levels")
     parser.add_argument("--exchange", choices=EXCHANGES, default="auto", help="which collectives carry its messages")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where records, table and plot go")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the table's numbers there as well")

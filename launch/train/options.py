@@ -8,11 +8,11 @@ from typing import Any
 
 from launch.train.data import DIGITS
 from launch.train.models import SIZES, width_of
+from qoda_kernels.registry import LEVEL_SCHEMES
 
 OPTIMIZERS = ("qoda", "qodadam", "sgd", "adam")
 LEARNING_RATES = {"qoda": 3.0, "qodadam": 1e-3, "sgd": 5e-2, "adam": 1e-3}
 COMPRESSIONS = ("none", "fp16", "qoda")
-LEVELS = ("uniform", "exponential", "adaptive")
 EXCHANGES = ("auto", "allgather", "reduce_scatter")
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -53,7 +53,7 @@ class Options:
         if self.compression != "qoda":
             free |= {"bits", "bucket_size", "levels", "exchange", "min_numel"}
             free |= {"update_levels_at", "update_levels_every"}
-        elif self.levels != "adaptive":
+        elif self.levels in ("uniform", "exponential"):
             free |= {"update_levels_at", "update_levels_every"}
         return {key: value for key, value in asdict(self).items() if key not in free}
 
@@ -136,7 +136,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     compression.add_argument(
         "--bucket-size", type=positive, default=512, help="coordinates that share one norm, a multiple of 128 (qoda)"
     )
-    compression.add_argument("--levels", choices=LEVELS, default="adaptive", help="quantization levels (qoda)")
+    compression.add_argument("--levels", choices=LEVEL_SCHEMES, default="adaptive", help="quantization levels (qoda)")
     compression.add_argument(
         "--exchange", choices=EXCHANGES, default="auto", help="which collectives carry the messages (qoda)"
     )
