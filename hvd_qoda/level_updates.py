@@ -44,6 +44,7 @@ class LevelUpdates:
         self._merged: dict[str, ExchangedStatistics] = {}  # the same on every rank
         self._own: dict[str, ExchangedStatistics] = {}  # of this rank in this step, by parameter
         self._begun = 0  # the last step that has begun
+        self._asked_step, self._asked_gathers = 0, False
 
     def begin_step(self, step: int, registry: CodebookRegistry, transport: Transport) -> CodebookRegistry:
         """The codebooks for a step, counted from 1: updated ones if the schedule says so.
@@ -68,7 +69,9 @@ class LevelUpdates:
 
     def wants(self, step: int, key: str) -> bool:
         """Whether gradients of this codebook are to be gathered in this step."""
-        return key in self._keys and self._schedule.gathers(step)
+        if step != self._asked_step:  # asked for every gradient
+            self._asked_step, self._asked_gathers = step, self._schedule.gathers(step)
+        return self._asked_gathers and key in self._keys
 
     def gather(self, parameter: str, values: torch.Tensor, registry: CodebookRegistry) -> None:
         """Read one gradient of this rank.

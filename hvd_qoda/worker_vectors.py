@@ -7,7 +7,7 @@ order, for every exchange. Messages are kept, not vectors: at 5 bits they take a
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,18 +71,19 @@ class WorkerVectors:
         self._norms[parameter] = (_squared_norm(parts), _squared_norm(changes))
         self._current[parameter] = vector
 
-    def end_step(self, order: Mapping[str, Any], transport: Transport) -> None:
+    def end_step(self, order: Iterable[str], transport: Transport) -> None:
         """Exchange this step's norms; a collective call that waits.
 
         A step with a non-finite gradient on any rank leaves no trace: loss scaling skips it on all of them.
 
         Args:
-            order: all parameters' names in the model's order: hooks run in another order in every run.
+            order: what `add` was called with, in an order that is the same in every run, as that of hooks is not.
             transport: the ranks.
         """
         norms, self._norms = self._norms, {}
         current, self._current = self._current, {}
-        own = np.array([math.fsum(norms[name][i] for name in order if name in norms) for i in (0, 1)])
+        added = [norms[name] for name in order if name in norms]
+        own = np.array([math.fsum(norm[i] for norm in added) for i in (0, 1)])
         sums = np.zeros(2)
         for row in all_gather_array(transport, own, "hvd_qoda.worker_norms"):
             sums += row

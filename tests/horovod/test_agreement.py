@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import hvd_qoda.horovod.compressor as compressor_module
+import hvd_qoda.description as description_module
 from hvd_qoda.errors import ExchangeTimeoutError, RankMismatchError, UnsupportedError, WireError
 from tests.horovod.training import loss_of, make_model, make_optimizer, make_qoda, one_step, train
 from tests.launcher import RankPool
@@ -99,13 +99,13 @@ def test_horovod_mismatched_model(four_ranks: RankPool, kind: str, words: list[s
 
 
 def with_other_version() -> Attempt:
-    original = compressor_module.__version__
+    original = description_module.__version__
     if hvd.rank() == ODD_RANK:
-        compressor_module.__version__ = "999.0"
+        description_module.__version__ = "999.0"
     try:
         return attempt(make_model())
     finally:
-        compressor_module.__version__ = original
+        description_module.__version__ = original
 
 
 def test_horovod_mismatched_library_version(four_ranks: RankPool) -> None:
@@ -134,7 +134,7 @@ def header_mismatch(scheme: str) -> str:
     optimizer = make_optimizer(model, compressor)
     train(model, optimizer, range(2))
     if hvd.rank() == ODD_RANK:
-        compressor._step += 1
+        compressor.session.step += 1
     with pytest.raises((WireError, RankMismatchError)) as caught:
         one_step(model, optimizer)
     return str(caught.value)
@@ -156,7 +156,7 @@ def late_rank() -> str:
     if hvd.rank() == 0:
         loss_of(model, 1).backward()
         # Horovod's own wait for the token has no deadline: stand in for its answer.
-        token = torch.tensor([1.0, compressor._world.tokens._mean])
+        token = torch.tensor([1.0, compressor._ranks.tokens._mean])
         with pytest.raises(ExchangeTimeoutError) as caught:
             compressor.decompress(token, compressor._outstanding["2.weight"])
         message = str(caught.value)

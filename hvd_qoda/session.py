@@ -1,0 +1,328 @@
+"""What the exchanges of one model share from step to step, whichever route its gradients take.
+
+A session knows the model's layer types and codebooks, counts the steps, and does what belongs to every step: ranks
+agree before the first one, levels change where a step begins, statistics and worker norms are exchanged where it ends,
+telemetry gets its record, and all of it can be saved and resumed exactly.
+
+The routes (`hvd_qoda.horovod.compressor` under the stock optimizer, `hvd_qoda.horovod.gradient_exchange` under ours)
+own the exchanges. They say when steps begin and end, and hand over what they have sent.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hvd_qoda.agreement import check_agreement
+from hvd_qoda.config import QodaConfig
+from hvd_qoda.description import training_description
+from hvd_qoda.errors import ConfigError, QodaError, RankMismatchError, RegistryError
+from hvd_qoda.exchange import Exchange, Stamp
+from hvd_qoda.level_updates import LevelUpdates
+from hvd_qoda.optim.worker_norms import WorkerNorms
+from hvd_qoda.step_account import StepAccount
+from hvd_qoda.telemetry import Telemetry
+from hvd_qoda.traffic import Traffic, TrafficMeter
+from hvd_qoda.transport import Transport
+from hvd_qoda.worker_vectors import ExactVector, WorkerVectors
+from qoda_kernels.codebook import Codebook
+
+__all__ = ["GradientRoute", "Session"]
+
+STATE_FORMAT = 2
+
+
+class GradientRoute(Protocol):
+    """Whoever exchanges a session's gradients."""
+
+    def description(self) -> Mapping[str, Any]:
+        """What ranks must agree on about the route, as JSON-able values."""
+
+    def connect(self) -> Transport:
+        """The ranks that there are now."""
+
+    def exchange_of(self, key: str, dtype: torch.dtype) -> Exchange | None:
+        """The exchange of which `Session.observe` was told under this key, for gradients of this dtype.
+
+        None if such gradients are not compressed now.
+        """
+
+    def forget(self) -> None:
+        """End what is under way and forget it, as well as the ranks; after a failure of the host, too."""
+
+
+class Session:
+    """Layer types, codebooks, step numbers, statistics, norms and telemetry of one model; the same on every rank.
+
+    Args:
+        parameters: the model, or its (name, parameter) pairs in the model's order; the same on every rank.
+        config: the configuration; the same on every rank.
+        telemetry: receives one record per step.
+        name: what the names of its collectives begin with; the same on every rank.
+
+    Raises:
+        RegistryError: for layer rules that match nothing, settings that no codebook can have, or a name given twice.
+    """
+
+    def __init__(
+        self,
+        parameters: nn.Module | Iterable[tuple[str, torch.Tensor]],
+        config: QodaConfig,
+        telemetry: Telemetry | None = None,
+        name: str = "",
+    ) -> None:
+        pairs = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
+        repeated = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        if repeated:
+            raise RegistryError(f"parameter names are not unique: {', '.join(repeated)}")
+        self.parameters = dict(pairs)
+        self.config = config
+        self.registry = config.build_registry(parameters if isinstance(parameters, nn.Module) else pairs)
+        # The digest, because exchanges of several models may be under way at once.
+        self.name = f"hvd_qoda.{name}.{self.registry.digest.hex()}"
+        self.lock = threading.RLock()  # with several devices the hosts' hooks run in several threads
+        self.meter = TrafficMeter()
+        self.step = 0  # number of the step under way, or finished last
+        self.gradient_order: tuple[str, ...] | None = None  # in which backward makes them, where a route has found out
+        self._given_name = name
+        self._route: GradientRoute | None = None
+        self._levels = LevelUpdates(config.update_levels, self.registry)
+        self._vectors = WorkerVectors() if config.worker_norms else None
+        self._telemetry = telemetry
+        self._reported_codebooks: dict[str, Codebook] = {}
+        self._reported_bytes = 0
+        self._account = StepAccount()
+        self._under_way = False
+        self._agreed_with: Transport | None = None
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has handed to collectives so far."""
+        return self.meter.traffic
+
+    @property
+    def stamp(self) -> Stamp:
+        """Of the messages of the step under way."""
+        return Stamp(self.config.seed, self.step, self.registry.version)
+
+    @property
+    def keeps_vectors(self) -> bool:
+        """Whether worker norms are exchanged."""
+        return self._vectors is not None
+
+    def worker_norms(self) -> WorkerNorms:
+        """Norms of the single ranks' quantized gradients in the step that finished last; equal on all ranks.
+
+        Raises:
+            ConfigError: unless configured with worker_norms=True.
+            QodaError: before the first step has finished.
+        """
+        if self._vectors is None:
+            raise ConfigError("worker_norms: the compressor was made without them; use worker_norms=True")
+        return self._vectors.last
+
+    def use_route(self, route: GradientRoute) -> None:
+        """Let this route exchange the gradients from now on."""
+        if self._route is not None:
+            self._route.forget()
+        self._route = route
+        self._agreed_with = None
+
+    def is_used_by(self, route: GradientRoute) -> bool:
+        """Whether `use_route` was called with this one last."""
+        return self._route is route
+
+    def agree_anew(self) -> None:
+        """Let ranks compare their descriptions once more before the next step."""
+        self._agreed_with = None
+
+    def begin_step(self, transport: Transport, roll_call: Callable[[str], None] = lambda name: None) -> bool:
+        """Begin a step; a collective call that waits, if this is the first one with this transport or levels change.
+
+        Args:
+            transport: the ranks.
+            roll_call: called with a name for a collective, before the first one of the step is started.
+
+        Returns:
+            Whether codebooks have changed.
+
+        Raises:
+            RankMismatchError: on every rank, if ranks do not agree on model, configuration, version or levels.
+        """
+        if self._agreed_with is not transport:
+            # Under a name of its own, because this session's name depends on what is to be agreed upon.
+            roll_call("hvd_qoda.agreement.roll_call")
+            check_agreement(transport, self._description())
+            self._agreed_with = transport
+        roll_call(f"{self.name}.roll_call")
+        self.step += 1
+        self._under_way = True
+        self._account = StepAccount()
+        before = self.registry
+        self.registry = self._levels.begin_step(self.step, before, transport)
+        return self.registry is not before
+
+    def count_exchange(self) -> None:
+        """Give what is sent from now on a step number of its own, while earlier exchanges are still under way."""
+        self.step += 1
+
+    def account(self, key: str, coordinates: int, raw_bytes: float, sent_bytes: float) -> None:
+        """Note what one gradient, or several of one codebook, cost; see `StepAccount.add`."""
+        self._account.add(key, coordinates, raw_bytes, sent_bytes)
+
+    def observe(self, key: str, exchange: Exchange, values: Sequence[torch.Tensor]) -> None:
+        """Statistics, error and norms of gradients that have just been encoded.
+
+        Args:
+            key: names the exchange; see `GradientRoute.exchange_of`.
+            exchange: whose round has just been started.
+            values: what it was started with.
+        """
+        slices = [segment.slice for segment in exchange.plan.segments]
+        for part, tensor in zip(slices, values, strict=True):
+            if self._levels.wants(self.step, part.codebook):
+                self._levels.gather(part.parameter, tensor, self.registry)
+        if self._vectors is None and not self._measures_error:
+            return
+        if self._vectors is None and not exchange.has_own_message:
+            return
+        own = exchange.own_message()
+        if self._measures_error:
+            for part, tensor, decoded in zip(slices, values, own.decode(), strict=True):
+                self._account.add_error(part.codebook, tensor, decoded)
+        if self._vectors is not None:
+            self._vectors.add(key, own)
+
+    def observe_exact(self, key: str, codebook: str, gradient: torch.Tensor) -> None:
+        """Note a gradient that travels as it is, outside of our exchanges.
+
+        Args:
+            key: its own.
+            codebook: key of its codebook.
+            gradient: dense.
+        """
+        if self._measures_error:
+            self._account.add_exact(codebook)
+        if self._vectors is not None:
+            self._vectors.add(key, ExactVector(gradient.detach().cpu().clone()))
+
+    def end_step(self, transport: Transport, order: Iterable[str]) -> None:
+        """End a step when everything has arrived; a collective call that waits, in some steps or with worker norms.
+
+        Args:
+            transport: the ranks.
+            order: keys given to `observe` and `observe_exact`, in an order that is the same in every run.
+        """
+        self._levels.end_step(self.step, self.registry, transport)
+        if self._vectors is not None:
+            self._vectors.end_step(order, transport)
+        sent = self.meter.traffic.sent_bytes
+        if self._telemetry is not None:
+            self._report(self._telemetry, sent - self._reported_bytes)
+        self._reported_bytes = sent
+        self._under_way = False
+
+    def abandon_step(self) -> None:
+        """Forget the step under way; its number stays used."""
+        self._levels.abandon_step()
+        if self._vectors is not None:
+            self._vectors.abandon_step()
+        self._under_way = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to give the bits of an uninterrupted one.
+
+        Plain values that JSON can hold, the same on every rank; but with worker_norms=True "rank_private" holds the
+        last messages of this rank (tensors): then every rank saves its own state, and loads that.
+
+        Raises:
+            QodaError: between `backward()` and `optimizer.step()`.
+        """
+        with self.lock:
+            if self._under_way:
+                raise QodaError("state_dict() within a step: call it after optimizer.step() and before backward()")
+            return {
+                "format": STATE_FORMAT,
+                "step": self.step,
+                "registry": self.registry.state_dict(),
+                "levels": self._levels.state_dict(),
+                "gradient_order": None if self.gradient_order is None else list(self.gradient_order),
+                "rank_private": self._private_state(),
+            }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken. To be called on every rank; whether they agree is checked anew.
+
+        Where "rank_private" is None, the messages before are taken for zero vectors. Set it to None on every rank to do
+        so on purpose, with another number of ranks for example.
+
+        Raises:
+            ConfigError: for something else than such a state.
+            RegistryError: for the state of another model or of other codebooks.
+            RankMismatchError: for the private state of another rank.
+        """
+        with self.lock:
+            if state.get("format") != STATE_FORMAT:
+                raise ConfigError(
+                    f"the compressor's state has format {state.get('format')!r}; this version reads {STATE_FORMAT}"
+                )
+            registry = self.registry.restored(state["registry"])
+            self._attached.forget()
+            self.abandon_step()
+            self._agreed_with = None
+            self.registry = registry
+            self._levels.load_state_dict(state["levels"])
+            order = state["gradient_order"]
+            self.gradient_order = None if order is None else tuple(order)
+            self.step = int(state["step"])
+            if self._telemetry is not None:
+                self._telemetry.rewind(self.step)
+            if self._vectors is not None:
+                self._load_private_state(self._vectors, state["rank_private"])
+
+    @property
+    def _attached(self) -> GradientRoute:
+        if self._route is None:
+            raise QodaError("a session without a route: call use_route() first")
+        return self._route
+
+    @property
+    def _measures_error(self) -> bool:
+        every = self.config.measure_error_every
+        return every > 0 and (self.step - 1) % every == 0
+
+    def _description(self) -> dict[str, Any]:
+        described = training_description(self._given_name, self.config, self.registry, self.step, self._levels)
+        return {**described, **self._attached.description()}
+
+    def _report(self, telemetry: Telemetry, sent_bytes: int) -> None:
+        codebooks = self.registry.codebooks
+        if not self._reported_codebooks:
+            telemetry.start(self.config.to_dict(), {key: book.to_dict() for key, book in codebooks.items()})
+        changed = [key for key, book in codebooks.items() if self._reported_codebooks.get(key) != book]
+        records = self._account.records(codebooks, sent_bytes, changed)
+        telemetry.log_exchange(self.step, records, self.registry.version)
+        self._reported_codebooks = dict(codebooks)
+
+    def _private_state(self) -> dict[str, Any] | None:
+        if self._vectors is None:
+            return None
+        transport = self._agreed_with or self._attached.connect()  # the host may have been shut down since
+        return {"rank": transport.rank, "size": transport.size, **self._vectors.state_dict()}
+
+    def _load_private_state(self, vectors: WorkerVectors, state: Mapping[str, Any] | None) -> None:
+        if state is None:
+            vectors.forget()
+            return
+        transport = self._attached.connect()
+        ours, theirs = (transport.rank, transport.size), (state["rank"], state["size"])
+        if ours != theirs:
+            raise RankMismatchError(
+                f"the state was saved by position {theirs[0]} of {theirs[1]} ranks and is loaded at position "
+                f"{ours[0]} of {ours[1]}. With worker_norms=True every rank saves and loads its own state; to start "
+                'with zero vectors instead, set state["rank_private"] to None on every rank.'
+            )
+        vectors.load_state_dict(state, self._attached.exchange_of)
