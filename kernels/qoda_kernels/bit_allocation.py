@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from qoda_kernels.errors import CodebookError
 
@@ -70,11 +71,11 @@ def allocate(
     if least > limit:
         raise CodebookError(f"the {budget} budget of {limit:g} cannot be kept: the least possible is {least:g}")
     best = np.zeros(units + 1)
-    choices: list[np.ndarray[tuple[int, ...], np.dtype[np.int8]]] = []
+    choices: list[npt.NDArray[np.int8]] = []
     costs = [[_units(weight, limit, units) for weight in row] for row in weights]
     for cost_row, gain_row in zip(costs, gains, strict=True):
         reached = np.full(units + 1, np.inf)
-        choice = np.full(units + 1, -1, dtype=np.int8)
+        choice: npt.NDArray[np.int8] = np.full(units + 1, -1, dtype=np.int8)
         for index, (cost, gain) in enumerate(zip(cost_row, gain_row, strict=True)):
             if cost > units:
                 continue
