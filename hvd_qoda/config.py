@@ -212,7 +212,7 @@ class QodaConfig(_Model):
     - `tails`: how levels that clip are fitted: `optimum`, `gmin`, `tail_share` (see `Tails`).
     - `coding`: "fixed", code words of `bits` bits; the only one in this version.
     - `exchange`: "auto", "allgather" (quantized once) or "reduce_scatter" (twice, fewer bytes). Default "auto".
-    - `error_feedback`: false; not available in this version.
+    - `error_feedback`: whether what a message leaves out is added to the next gradient. Default false.
     - `seed`: seed of the random rounding, 0 to 2^64 - 1. Default 0.
     - `layers`: rules, later ones win: selectors `type`, `name` (shell pattern), `min_numel`, `max_numel`; and `bits`,
       `bucket_size`, `norm`, `norm_format`, `levels`, or `as_type`, which assigns another layer type. Default none.
@@ -270,13 +270,6 @@ class QodaConfig(_Model):
         if coding in _PLANNED_CODINGS:
             raise ValueError("entropy coding is not available in this version; use 'fixed'")
         return coding
-
-    @field_validator("error_feedback")
-    @classmethod
-    def _no_error_feedback(cls, error_feedback: bool) -> bool:
-        if error_feedback:
-            raise ValueError("error feedback is not available in this version; use false")
-        return error_feedback
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "") -> "QodaConfig":

@@ -19,6 +19,7 @@ from torch import nn
 from hvd_qoda.agreement import check_agreement
 from hvd_qoda.config import QodaConfig
 from hvd_qoda.description import training_description
+from hvd_qoda.error_feedback import ErrorFeedback
 from hvd_qoda.errors import ConfigError, QodaError, RankMismatchError, RegistryError
 from hvd_qoda.exchange import Exchange, Stamp
 from hvd_qoda.level_updates import LevelUpdates
@@ -91,6 +92,7 @@ class Session:
         self._route: GradientRoute | None = None
         self._levels = LevelUpdates(config.update_levels, self.registry)
         self._vectors = WorkerVectors() if config.worker_norms else None
+        self._feedback = ErrorFeedback() if config.error_feedback else None
         self._telemetry = telemetry
         self._reported_codebooks: dict[str, Codebook] = {}
         self._reported_bytes = 0
@@ -173,6 +175,29 @@ class Session:
         """Note what one gradient, or several of one codebook, cost; see `StepAccount.add`."""
         self._account.add(key, coordinates, raw_bytes, sent_bytes)
 
+    @property
+    def error_feedback(self) -> ErrorFeedback:
+        """This rank's residuals.
+
+        Raises:
+            ConfigError: unless configured with error_feedback=True.
+        """
+        if self._feedback is None:
+            raise ConfigError("error_feedback: the compressor was made without it; use error_feedback=True")
+        return self._feedback
+
+    def corrected(self, exchange: Exchange, values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """What an exchange is to be started with: the gradients, and with error feedback their residuals added.
+
+        To be called before every `Exchange.start`; the result is also what `observe` gets.
+        """
+        return values if self._feedback is None else self._feedback.corrected(exchange, values)
+
+    def arrived(self, result: torch.Tensor) -> None:
+        """Look at a gradient that has arrived, before the step ends: error feedback ignores steps that overflow."""
+        if self._feedback is not None:
+            self._feedback.arrived(result)
+
     def observe(self, key: str, exchange: Exchange, values: Sequence[torch.Tensor]) -> None:
         """Statistics, error and norms of gradients that have just been encoded.
 
@@ -185,14 +210,18 @@ class Session:
         for part, tensor in zip(slices, values, strict=True):
             if self._levels.wants(self.step, part.codebook):
                 self._levels.gather(part.parameter, tensor, self.registry)
-        if self._vectors is None and not self._measures_error:
+        if self._vectors is None and self._feedback is None and not self._measures_error:
             return
         if self._vectors is None and not exchange.has_own_message:
             return
         own = exchange.own_message()
-        if self._measures_error:
-            for part, tensor, decoded in zip(slices, values, own.decode(), strict=True):
-                self._account.add_error(part.codebook, tensor, decoded)
+        if self._measures_error or self._feedback is not None:
+            sent = own.decode()
+            if self._measures_error:
+                for part, tensor, decoded in zip(slices, values, sent, strict=True):
+                    self._account.add_error(part.codebook, tensor, decoded)
+            if self._feedback is not None:
+                self._feedback.keep(exchange, sent)
         if self._vectors is not None:
             self._vectors.add(key, own)
 
@@ -219,6 +248,8 @@ class Session:
         self._levels.end_step(self.step, self.registry, transport)
         if self._vectors is not None:
             self._vectors.end_step(order, transport)
+        if self._feedback is not None:
+            self._feedback.end_step()
         sent = self.meter.traffic.sent_bytes
         if self._telemetry is not None:
             self._report(self._telemetry, sent - self._reported_bytes)
@@ -230,13 +261,16 @@ class Session:
         self._levels.abandon_step()
         if self._vectors is not None:
             self._vectors.abandon_step()
+        if self._feedback is not None:
+            self._feedback.abandon_step()
         self._under_way = False
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to give the bits of an uninterrupted one.
 
-        Plain values that JSON can hold, the same on every rank; but with worker_norms=True "rank_private" holds the
-        last messages of this rank (tensors): then every rank saves its own state, and loads that.
+        Plain values that JSON can hold, the same on every rank; but with worker_norms=True or error_feedback=True
+        "rank_private" holds the last messages or the residuals of this rank (tensors): then every rank saves its own
+        state, and loads that.
 
         Raises:
             QodaError: between `backward()` and `optimizer.step()`.
@@ -256,8 +290,8 @@ class Session:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken. To be called on every rank; whether they agree is checked anew.
 
-        Where "rank_private" is None, the messages before are taken for zero vectors. Set it to None on every rank to do
-        so on purpose, with another number of ranks for example.
+        Where "rank_private" is None, the messages before and the residuals are taken for zero vectors. Set it to None
+        on every rank to do so on purpose, with another number of ranks for example.
 
         Raises:
             ConfigError: for something else than such a state.
@@ -280,8 +314,7 @@ class Session:
             self.step = int(state["step"])
             if self._telemetry is not None:
                 self._telemetry.rewind(self.step)
-            if self._vectors is not None:
-                self._load_private_state(self._vectors, state["rank_private"])
+            self._load_private_state(state["rank_private"])
 
     @property
     def _attached(self) -> GradientRoute:
@@ -308,21 +341,30 @@ class Session:
         self._reported_codebooks = dict(codebooks)
 
     def _private_state(self) -> dict[str, Any] | None:
-        if self._vectors is None:
+        if self._vectors is None and self._feedback is None:
             return None
         transport = self._agreed_with or self._attached.connect()  # the host may have been shut down since
-        return {"rank": transport.rank, "size": transport.size, **self._vectors.state_dict()}
+        vectors = {} if self._vectors is None else self._vectors.state_dict()
+        residuals = {} if self._feedback is None else self._feedback.state_dict()
+        return {"rank": transport.rank, "size": transport.size, **vectors, **residuals}
 
-    def _load_private_state(self, vectors: WorkerVectors, state: Mapping[str, Any] | None) -> None:
-        if state is None:
-            vectors.forget()
+    def _load_private_state(self, state: Mapping[str, Any] | None) -> None:
+        if self._vectors is not None:
+            self._vectors.forget()
+        if self._feedback is not None:
+            self._feedback.forget()
+        if state is None or (self._vectors is None and self._feedback is None):
             return
         transport = self._attached.connect()
         ours, theirs = (transport.rank, transport.size), (state["rank"], state["size"])
         if ours != theirs:
             raise RankMismatchError(
                 f"the state was saved by position {theirs[0]} of {theirs[1]} ranks and is loaded at position "
-                f"{ours[0]} of {ours[1]}. With worker_norms=True every rank saves and loads its own state; to start "
-                'with zero vectors instead, set state["rank_private"] to None on every rank.'
+                f"{ours[0]} of {ours[1]}. With worker_norms=True or error_feedback=True every rank saves and "
+                'loads its own state; to start with zero vectors instead, set state["rank_private"] to None on every '
+                "rank."
             )
-        vectors.load_state_dict(state, self._attached.exchange_of)
+        if self._vectors is not None and "previous" in state:
+            self._vectors.load_state_dict(state, self._attached.exchange_of)
+        if self._feedback is not None and "residuals" in state:
+            self._feedback.load_state_dict(state)

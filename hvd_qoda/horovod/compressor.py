@@ -26,6 +26,7 @@ from horovod.common.exceptions import HorovodInternalError
 from torch import nn
 
 from hvd_qoda.config import QodaConfig
+from hvd_qoda.error_feedback import ErrorFeedback
 from hvd_qoda.errors import QodaError
 from hvd_qoda.exchange import Exchange
 from hvd_qoda.horovod.gradient_index import GradientIndex
@@ -141,6 +142,7 @@ class QodaCompressor:
             if self._ranks is None or context is None or context is not ctx:
                 raise QodaError(f"decompress() of parameter {name!r} does not belong to its last compress()")
             result = self._receive(self._ranks, context, tensor)
+            self.session.arrived(result)
             del self._outstanding[name]
             if not self._outstanding:
                 # In the model's order: hooks run in another order on every rank and in every run.
@@ -170,6 +172,11 @@ class QodaCompressor:
     def worker_norms(self) -> WorkerNorms:
         """See `Session.worker_norms`."""
         return self.session.worker_norms()
+
+    @property
+    def error_feedback(self) -> ErrorFeedback:
+        """See `Session.error_feedback`."""
+        return self.session.error_feedback
 
     def state_dict(self) -> dict[str, Any]:
         """See `Session.state_dict`."""
@@ -248,7 +255,7 @@ class QodaCompressor:
             return gradient
         sent_bytes = session.meter.all_reduce(TOKEN_BYTES, size)
         if route.exchange is not None:
-            values = [cpu_values(gradient)]
+            values = session.corrected(route.exchange, [cpu_values(gradient)])
             route.exchange.start(values, session.stamp)
             ranks.world.pending.add(route.exchange)
             sent_bytes += route.exchange.sent_bytes

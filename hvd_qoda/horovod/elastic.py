@@ -1,8 +1,8 @@
 """The compressor in Horovod's elastic training.
 
 `hvd.elastic.TorchState(model=model, optimizer=optimizer, compression=compression)` saves, restores and synchronizes the
-compressor with the rest. After a change of ranks all of them take over rank 0's state; messages that only one rank
-knows (worker_norms=True) are forgotten, and the vectors before count as zero.
+compressor with the rest. After a change of ranks all of them take over rank 0's state; what only one rank knows
+(messages with worker_norms=True, residuals with error_feedback=True) is forgotten and counts as zero.
 """
 
 import copy

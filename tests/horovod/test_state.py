@@ -32,9 +32,9 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def resumed(scheme: str, cut: int, worker_norms: bool, own_state: bool) -> None:
+def resumed(scheme: str, cut: int, worker_norms: bool, own_state: bool, **options: Any) -> None:
     """Eleven steps at once, and eleven in two runs: the same parameters, levels and norms."""
-    keywords = {"worker_norms": worker_norms}
+    keywords = {"worker_norms": worker_norms, **options}
     model, compressor, optimizer = new_run(scheme, **keywords)
     train(model, optimizer, range(11))
     expected = (bits_of(model.parameters()), compressor.registry.digest, compressor.step)
@@ -67,6 +67,11 @@ def test_resume_is_exact(two_ranks: RankPool, scheme: str, cut: int) -> None:
 @pytest.mark.parametrize("scheme", ["allgather", "reduce_scatter"])
 def test_resume_is_exact_with_worker_norms_from_each_ranks_own_state(two_ranks: RankPool, scheme: str) -> None:
     two_ranks.run(resumed, scheme, 5, worker_norms=True, own_state=True)
+
+
+@pytest.mark.parametrize(("scheme", "levels"), [("allgather", "tuq"), ("reduce_scatter", "adaptive")])
+def test_resume_is_exact_with_error_feedback(two_ranks: RankPool, scheme: str, levels: str) -> None:
+    two_ranks.run(resumed, scheme, 5, worker_norms=False, own_state=True, error_feedback=True, levels=levels, bits=3)
 
 
 def state_is_shared_plain_data() -> str:
