@@ -1,4 +1,4 @@
-"""Layer-wise quantized gradients and the QODA optimizers for Horovod.
+"""Layer-wise quantized gradients and the QODA optimizers for Horovod and `DistributedDataParallel`.
 
 import horovod.torch as hvd, hvd_qoda
 optimizer = hvd.DistributedOptimizer(
@@ -6,6 +6,7 @@ optimizer = hvd.DistributedOptimizer(
 )
 """
 
+from hvd_qoda import ddp
 from hvd_qoda.compression import Compression
 from hvd_qoda.config import LayerRule, QodaConfig, UpdateLevels
 from hvd_qoda.errors import (
@@ -51,6 +52,7 @@ __all__ = [
     "WorkerNorms",
     "WorkerNormsSource",
     "__version__",
+    "ddp",
     "read_json_lines",
     "read_steps",
 ]

@@ -22,6 +22,8 @@ PROGRAMS = (
     "launch/bench/convergence.py",
     "launch/bench/entropy.py",
     "launch/bench/gpu.py",
+    "launch/sandbox.py",
+    "launch/train/ddp.py",
 )
 
 

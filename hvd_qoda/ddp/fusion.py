@@ -1,0 +1,87 @@
+"""Which gradients travel together: fusion buffers that do not depend on DDP's reduce buckets.
+
+DDP forms its reduce buckets anew after the first step, and again in a resumed run. Had a message the bounds of a reduce
+bucket, those two runs would share gradients out differently, and with a reduce-scatter get different bits. So fusion
+buffers are made from the model alone: its parameters in reverse order, in which backward mostly reaches them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hvd_qoda.errors import UnsupportedError
+from qoda_kernels.layout import EXACT_DTYPES, MessagePlan, Slice
+from qoda_kernels.registry import CodebookRegistry, ParameterEntry
+
+__all__ = ["Filling", "fusion_buffers", "plan_of"]
+
+
+def fusion_buffers(entries: Iterable[ParameterEntry], bytes_at_most: float) -> list[tuple[str, ...]]:
+    """Names of the parameters of every fusion buffer.
+
+    Args:
+        entries: parameters that get gradients, in the model's order.
+        bytes_at_most: of gradients in one fusion buffer, which all have one dtype; a larger parameter has one of its
+            own.
+    """
+    buffers: list[tuple[str, ...]] = []
+    names: list[str] = []
+    filled, dtype = 0, None
+    for entry in reversed(list(entries)):
+        size = entry.numel * entry.dtype.itemsize
+        if names and (filled + size > bytes_at_most or entry.dtype != dtype):
+            buffers.append(tuple(names))
+            names, filled = [], 0
+        dtype = entry.dtype
+        names.append(entry.name)
+        filled += size
+    if names:
+        buffers.append(tuple(names))
+    return buffers
+
+
+def plan_of(names: Sequence[str], dtypes: Sequence[torch.dtype], registry: CodebookRegistry) -> MessagePlan:
+    """Layout of a fusion buffer's message.
+
+    Args:
+        names: the parameters.
+        dtypes: of their gradients.
+        registry: layer types and codebooks.
+
+    Raises:
+        UnsupportedError: for dtypes that cannot be sent, such as complex ones.
+    """
+    slices = []
+    for name, dtype in zip(names, dtypes, strict=True):
+        entry = registry.parameters[name]
+        if dtype not in EXACT_DTYPES:
+            raise UnsupportedError(
+                f"the gradient of parameter {name!r} has dtype {dtype}, which this hook cannot send: leave the "
+                "parameter out of DistributedDataParallel (parameters_and_buffers_to_ignore) and reduce it yourself"
+            )
+        slices.append(Slice(name, 0, entry.numel, dtype, entry.codebook, entry.offset))
+    return MessagePlan.build(slices, registry.codebooks)
+
+
+@dataclass
+class Filling:
+    """A fusion buffer in one step, as far as its gradients have come.
+
+    Attributes:
+        names: the parameters whose gradients belong here.
+        gradients: those that have come: contiguous 1-D CPU tensors.
+    """
+
+    names: tuple[str, ...]
+    gradients: dict[str, torch.Tensor]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every gradient has come."""
+        return len(self.gradients) == len(self.names)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The parameters whose gradients have come, in the buffer's order."""
+        return tuple(name for name in self.names if name in self.gradients)

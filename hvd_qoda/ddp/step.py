@@ -1,0 +1,92 @@
+"""One backward pass: the reduce buckets that have arrived, and what is still to come for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hvd_qoda.ddp.fusion import Filling
+
+__all__ = ["Arrived", "Step"]
+
+
+class Arrived:
+    """A reduce bucket that DDP has handed over.
+
+    Args:
+        buffer: its gradients one behind the other; will hold the mean.
+        names: the parameters, in the buffer's order.
+        lengths: their elements.
+    """
+
+    def __init__(self, buffer: torch.Tensor, names: Sequence[str], lengths: Sequence[int]) -> None:
+        self._buffer = buffer
+        self._names = names
+        self._lengths = lengths
+        self._host = buffer
+        self._missing = len(names)
+        on_device = buffer.device.type != "cpu"
+        self.future: torch.futures.Future[torch.Tensor] = torch.futures.Future(
+            devices=[buffer.device] if on_device else None
+        )
+        # The gradients are ready on the stream that is current here, in DDP's thread.
+        self._ready = torch.get_device_module(buffer.device).current_stream().record_event() if on_device else None
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """By parameter: contiguous 1-D CPU tensors, to be read and then overwritten with the mean."""
+        if self._ready is not None:
+            self._ready.synchronize()
+            self._host = self._buffer.cpu()
+        return dict(zip(self._names, self._host.split(list(self._lengths)), strict=True))
+
+    def written(self) -> bool:
+        """Note that one gradient has been overwritten; returns whether it was the last one."""
+        self._missing -= 1
+        return self._missing == 0
+
+    def hand_back(self) -> None:
+        """Let DDP have the mean."""
+        if self._host is not self._buffer:
+            self._buffer.copy_(self._host)
+        self.future.set_result(self._buffer)
+
+
+@dataclass
+class Step:
+    """A backward pass under way.
+
+    Attributes:
+        fillings: the fusion buffers.
+        owners: the reduce bucket that a parameter's gradient came in.
+        under_way: fusion buffers that have been submitted and not finished.
+        all_arrived: whether the last reduce bucket has come.
+    """
+
+    fillings: list[Filling]
+    owners: dict[str, Arrived] = field(default_factory=dict)
+    under_way: int = 0
+    all_arrived: bool = False
+
+    def take(self, bucket: Arrived, last: bool) -> list[Filling]:
+        """Take a reduce bucket's gradients; returns the fusion buffers that are to be sent now.
+
+        Behind the last one also those are sent for which not all gradients have come, because DDP was told to leave
+        parameters out.
+        """
+        due = []
+        gradients = bucket.gradients()
+        self.owners.update(dict.fromkeys(gradients, bucket))
+        known = {name for filling in self.fillings for name in filling.names}
+        frozen = tuple(name for name in gradients if name not in known)
+        if frozen:  # since DDP was made; it goes on reducing them
+            self.fillings.append(Filling(frozen, {}))
+        for filling in self.fillings:
+            came = {name: gradients[name] for name in filling.names if name in gradients}
+            filling.gradients.update(came)
+            if came and filling.is_full:
+                due.append(filling)
+        if last:
+            self.all_arrived = True
+            due += [filling for filling in self.fillings if filling.gradients and not filling.is_full]
+        self.under_way += len(due)
+        return due

@@ -1,0 +1,148 @@
+"""What the hook holds for the ranks that it runs among: the transport, the exchanges, and the thread."""
+
+import os
+import threading
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from hvd_qoda.ddp.fusion import plan_of
+from hvd_qoda.ddp.ordered import OrderedExchanges
+from hvd_qoda.ddp.worker import ExchangeThread
+from hvd_qoda.errors import QodaError
+from hvd_qoda.exchange import Exchange
+from hvd_qoda.schemes import make_exchange
+from hvd_qoda.session import Session
+from hvd_qoda.torch_distributed import TorchTransport
+from qoda_kernels.registry import CodebookRegistry
+from qoda_kernels.worker_threads import WorkerThreads, allotted_threads
+
+__all__ = ["Outstanding", "World"]
+
+
+class Outstanding:
+    """Futures that DDP waits for, and the error that ended the exchange, if any; for several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: list[torch.futures.Future[torch.Tensor]] = []
+        self._failure: Exception | None = None
+
+    def add(self, future: torch.futures.Future[torch.Tensor]) -> None:
+        """Note that DDP waits for it; it fails at once where the exchange has failed."""
+        with self._lock:
+            if self._failure is None:
+                self._futures.append(future)
+                return
+        _fail(future, self._failure)
+
+    def remove(self, future: torch.futures.Future[torch.Tensor]) -> None:
+        """Note that it is complete."""
+        with self._lock:
+            self._futures.remove(future)
+
+    def fail(self, error: Exception) -> None:
+        """Let everybody who waits have the error."""
+        with self._lock:
+            self._failure = self._failure or error
+            futures, self._futures = self._futures, []
+        for future in futures:
+            _fail(future, error)
+
+    def check(self) -> None:
+        """Raise QodaError if the exchange has failed."""
+        if self._failure is not None:
+            raise QodaError(
+                "gradients cannot be exchanged any more, because an earlier exchange failed; restart the ranks"
+            ) from self._failure
+
+
+class World:
+    """The ranks, and everything whose shape depends on their number.
+
+    Made on every rank at the same time: it makes process groups.
+
+    Args:
+        process_group: of the ranks; None for all.
+        session: whose gradients are exchanged.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None, session: Session) -> None:
+        ranks = TorchTransport(process_group).ranks
+        gathers = dist.new_group(list(ranks), backend=_backend(process_group), use_local_synchronization=True)
+        # Two NCCL communicators may block each other when their kernels start in another order on every rank.
+        two_groups = "nccl" not in dist.get_backend_config(gathers)
+        all_to_alls = (
+            dist.new_group(list(ranks), backend=_backend(process_group), use_local_synchronization=True)
+            if two_groups
+            else None
+        )
+        self._session = session
+        self._timeout_s = session.config.timeout_s
+        self.transport = TorchTransport(gathers, all_to_alls, session.meter, self._timeout_s)
+        self.exchanges = OrderedExchanges(two_groups)
+        self.outstanding = Outstanding()
+        where = f"rank {dist.get_rank()}"
+        self.thread = ExchangeThread(self.exchanges, self._timeout_s, where, self.outstanding.fail)
+        self._threads = WorkerThreads(allotted_threads(os.environ))
+        scheme = session.config.exchange
+        self._scheme = "by_bytes" if scheme == "auto" else scheme
+        self._made: dict[tuple[tuple[str, ...], tuple[torch.dtype, ...]], Exchange] = {}
+        self._used: set[tuple[tuple[str, ...], tuple[torch.dtype, ...]]] = set()
+
+    def exchange(self, registry: CodebookRegistry, names: Sequence[str], dtypes: Sequence[torch.dtype]) -> Exchange:
+        """The exchange of a fusion buffer.
+
+        Args:
+            registry: layer types and codebooks.
+            names: parameters of the gradients in it.
+            dtypes: of the gradients.
+        """
+        key = (tuple(names), tuple(dtypes))
+        self._used.add(key)
+        found = self._made.get(key)
+        if found is None:
+            plan = plan_of(names, dtypes, registry)
+            name = f"fusion buffer of {names[0]!r} to {names[-1]!r}"
+            found = make_exchange(self._scheme, plan, registry.codebooks, self.transport, name, self._threads)
+            self._made[key] = found
+        return found
+
+    def use_codebooks(self, registry: CodebookRegistry) -> None:
+        """Go on with other levels."""
+        for exchange in self._made.values():
+            exchange.use_codebooks(registry.codebooks)
+
+    def end_step(self) -> None:
+        """Forget exchanges that have not been asked for in this step."""
+        self._made = {key: exchange for key, exchange in self._made.items() if key in self._used}
+        self._used = set()
+
+    def forget_exchanges(self) -> None:
+        """Let go of all exchanges."""
+        self._made, self._used = {}, set()
+
+    def settle(self) -> None:
+        """Wait until nothing is under way, and forget what has not been sent."""
+        done = threading.Event()
+
+        def drop() -> None:
+            self.exchanges.drop()
+            done.set()
+
+        self.thread.submit(drop)
+        done.wait(self._timeout_s)
+        self.outstanding.check()
+
+
+def _fail(future: torch.futures.Future[torch.Tensor], error: Exception) -> None:
+    future.set_exception(error)  # type: ignore[arg-type]  # torch gives the error the result's type
+
+
+def _backend(process_group: dist.ProcessGroup | None) -> str:
+    """What `new_group` is to be told so that its backends are those of this group."""
+    config = str(dist.get_backend_config(process_group))
+    backends = dict(entry.split(":") for entry in config.split(","))
+    names = set(backends.values())
+    return names.pop() if len(names) == 1 else config

@@ -1,0 +1,270 @@
+"""The communication hook in real ranks: the same bits everywhere, whatever DDP is told to do."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import hvd_qoda
+from hvd_qoda import ddp
+from hvd_qoda.errors import ConfigError, QodaError, RegistryError
+from tests.ddp.training import Net, Run
+from tests.launcher import RankPool
+
+QUICK: dict[str, Any] = {"timeout_s": 20.0, "fusion_buffer_mb": 0.2, "update_levels": {"at": [3]}}
+
+
+def trained(options: dict[str, Any], steps: int = 4, wrap: dict[str, Any] | None = None, **forward: Any) -> Any:
+    run = Run({**QUICK, **options}, **(wrap or {}))
+    losses = [run.step(step, **forward) for step in range(steps)]
+    assert run.state is not None
+    assert run.state.step == steps
+    return run.bits(), losses, run.state.registry.version, run.state.traffic.sent_bytes
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "reduce_scatter", "auto"])
+def test_every_rank_holds_the_same_bits(four_ranks: RankPool, exchange: str) -> None:
+    outcomes = four_ranks.run(trained, {"exchange": exchange})
+    assert len({bits for bits, *_ in outcomes}) == 1
+    assert {version for _, _, version, _ in outcomes} == {1}  # levels have been fitted before step 3
+
+
+def plain_and_quantized() -> tuple[float, float]:
+    """Relative distance of the mean gradient from DDP's own, quantized and sent exactly."""
+    own = Run()
+    own.loss(0).backward()
+    distances = []
+    for bits in (5, 32):
+        run = Run({**QUICK, "bits": bits})
+        run.loss(0).backward()
+        distances.append(float((run.gradients() - own.gradients()).norm() / own.gradients().norm()))
+    return distances[0], distances[1]
+
+
+def test_the_mean_is_the_mean(two_ranks: RankPool) -> None:
+    for quantized, exact in two_ranks.run(plain_and_quantized):
+        assert 0.01 < quantized < 0.15
+        assert exact < 1e-6
+
+
+def bytes_of_a_step() -> tuple[float, float]:
+    """Bytes of one step's gradients over those of fp32's all-reduce, by telemetry and by the meter."""
+    records: list[Any] = []
+
+    class Keep:
+        every_rank = True
+
+        def start(self, start: Any) -> None:
+            assert start.config is not None
+
+        def write(self, record: Any) -> None:
+            records.append(record)
+
+        def close(self, failed: bool = False) -> None: ...
+
+    options = {"timeout_s": 20.0, "levels": "uniform", "measure_error_every": 2}
+    with hvd_qoda.Telemetry([Keep()], rank=dist.get_rank()) as telemetry:
+        run = Run({**options, "telemetry": telemetry})
+        assert run.state is not None
+        run.step(0)
+        before = run.state.traffic
+        run.step(1)
+        counted = (run.state.traffic - before).sent_bytes
+    first, second = records
+    assert [record.step for record in records] == [1, 2]
+    kinds = {record.layer_type: record for record in first.layer_types}
+    assert {"convolution", "feed_forward", "output", "norm", "bias"} <= set(kinds)
+    assert 0 < kinds["feed_forward"].relative_error < 0.05
+    assert kinds["bias"].relative_error == 0.0
+    assert second.layer_types[0].relative_error is None
+    assert abs(second.sent_bytes - counted) < 10  # every layer type is rounded
+    return counted / second.raw_bytes, second.raw_bytes / 4
+
+
+def test_bytes_shrink_and_are_recorded(two_ranks: RankPool) -> None:
+    ratio, coordinates = two_ranks.run(bytes_of_a_step)[0]
+    assert 5 / 32 < ratio < 5.4 / 32  # codes, norms, headers, and the few exact values
+    assert coordinates == sum(parameter.numel() for parameter in Net().parameters())
+
+
+WRAPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "small reduce buckets": ({"bucket_cap_mb": 0.05}, {}),
+    "bucket views": ({"gradient_as_bucket_view": True}, {}),
+    "static graph": ({"static_graph": True}, {}),
+    "unused parameters": ({"find_unused_parameters": True}, {"spare": False}),
+}
+
+
+def test_ddp_options_change_no_bits(two_ranks: RankPool) -> None:
+    """DDP's reduce buckets depend on all of these; our messages on none."""
+    reference = two_ranks.run(trained, {})
+    for name, (wrap, forward) in WRAPS.items():
+        outcomes = two_ranks.run(trained, {}, wrap=wrap, **forward)
+        assert outcomes[0][0] == outcomes[1][0], name
+        if not forward:
+            assert outcomes[0][0] == reference[0][0], name
+
+
+def accumulated() -> tuple[bytes, int, bool]:
+    """Three micro-batches, two of them under no_sync(), against their sum in one exchange."""
+    run = Run(QUICK)
+    assert run.state is not None
+    run.optimizer.zero_grad()
+    for micro in range(3):
+        if micro < 2:
+            with run.ddp.no_sync():
+                run.loss(0, micro).backward()
+        else:
+            run.loss(0, micro).backward()
+    own = Run()
+    with own.ddp.no_sync():
+        own.loss(0, 0).backward()
+        own.loss(0, 1).backward()
+    own.loss(0, 2).backward()
+    distance = float((run.gradients() - own.gradients()).norm() / own.gradients().norm())
+    return run.gradients().numpy().tobytes(), run.state.step, distance < 0.15
+
+
+def test_gradient_accumulation(two_ranks: RankPool) -> None:
+    first, second = two_ranks.run(accumulated)
+    assert first == second
+    assert first[1:] == (1, True)
+
+
+def sixteen_bits(dtype: torch.dtype) -> tuple[bytes, float]:
+    run = Run(QUICK, dtype=dtype)
+    losses = [run.step(step) for step in range(4)]
+    assert all(parameter.grad is not None and parameter.grad.dtype == dtype for parameter in run.model.parameters())
+    return run.bits(), losses[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(two_ranks: RankPool, dtype: torch.dtype) -> None:
+    (first, loss), (second, _) = two_ranks.run(sixteen_bits, dtype)
+    assert first == second
+    assert loss == loss
+
+
+def resumed(how: str) -> tuple[bytes, bytes, bool]:
+    """Six steps in one go; and four, then a new model, optimizer, DDP and state, then two."""
+    options = {**QUICK, "exchange": "reduce_scatter", "update_levels": {"at": [3, 6]}, "worker_norms": True}
+    wrap = {"bucket_cap_mb": 0.1}
+    whole = Run(options, **wrap)
+    for step in range(6):
+        whole.step(step)
+    first = Run(options, **wrap)
+    for step in range(4):
+        first.step(step)
+    assert first.state is not None
+    second = Run(**wrap)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    if how == "pickle":
+        state = pickle.loads(pickle.dumps(first.state))
+        state.attach(second.ddp)
+    else:
+        state = ddp.QodaState(second.ddp, **options)
+        state.load_state_dict(first.state.state_dict())
+    second.register(state)
+    for step in range(4, 6):
+        second.step(step)
+    assert whole.state is not None
+    return whole.bits(), second.bits(), whole.state.worker_norms() == state.worker_norms()
+
+
+@pytest.mark.parametrize("how", ["state_dict", "pickle"])
+def test_resume_is_exact(four_ranks: RankPool, how: str) -> None:
+    outcomes = four_ranks.run(resumed, how)
+    assert len({bits for whole, second, _ in outcomes for bits in (whole, second)}) == 1
+    assert all(norms for *_, norms in outcomes)
+
+
+def disagreement() -> str:
+    run = Run({**QUICK, "bits": 4 + dist.get_rank()})
+    try:
+        run.step(0)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def test_ranks_that_disagree(two_ranks: RankPool) -> None:
+    for told in two_ranks.run(disagreement):
+        assert told.startswith("RankMismatchError: the ranks do not agree")
+        assert "configuration: bits: 4 on rank 0, 5 on rank 1" in told
+
+
+def uneven_inputs() -> bytes:
+    """Rank 1 has two batches less; DDP's join() lets it answer with zeros."""
+    run = Run(QUICK)
+    with run.ddp.join():
+        for step in range(5 if dist.get_rank() == 0 else 3):
+            run.step(step)
+    return run.bits()
+
+
+def test_uneven_inputs_under_join(two_ranks: RankPool) -> None:
+    first, second = two_ranks.run(uneven_inputs)
+    assert first == second
+
+
+def late_peer() -> str:
+    options = {**QUICK, "levels": "uniform", "timeout_s": 1.0}
+    run = Run(options, broadcast_buffers=False)  # forward has no collectives then
+    for step in (0, 1):
+        run.step(step)
+    if dist.get_rank() == 0:
+        try:
+            run.step(2)
+        except Exception as error:  # whatever autograd makes of it
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_missing_peer_is_an_error_at_the_deadline() -> None:
+    with RankPool(2, host="torch") as ranks:
+        told = ranks.run(late_peer, timeout=60.0)[0]
+    assert "ExchangeTimeoutError: rank 0: \"fusion buffer of 'out.bias' to" in told
+    assert "did not finish within 1 s" in told
+
+
+def another_model() -> None:
+    run = Run()
+    run.register(ddp.QodaState(Net(), **QUICK))
+    with pytest.raises(ConfigError, match="make the QodaState from the model that DDP wraps"):
+        run.step(0)
+
+
+def test_state_of_another_model(two_ranks: RankPool) -> None:
+    two_ranks.run(another_model)
+
+
+def test_states_that_do_not_fit() -> None:
+    state = ddp.QodaState(Net(), bits=4)
+    with pytest.raises(RegistryError, match="another model or configuration"):
+        state.load_state_dict(ddp.QodaState(Net(), bits=5).state_dict())
+    with pytest.raises(ConfigError, match="format None"):
+        state.load_state_dict({})
+    with pytest.raises(ConfigError, match="fusion_buffer_mb"):
+        ddp.QodaState(Net(), fusion_buffer_mb=0)
+    with pytest.raises(ConfigError, match="either config or keywords"):
+        ddp.QodaState(Net(), config=hvd_qoda.QodaConfig(), bits=4)
+    assert issubclass(ConfigError, QodaError)
+
+
+def test_the_state_travels_by_pickle(tmp_path: Path) -> None:
+    state = ddp.QodaState(Net(), bits=4, seed=3)
+    path = tmp_path / "state.pt"
+    torch.save(state, path)
+    loaded = torch.load(path, weights_only=False)
+    assert loaded.state_dict() == json.loads(json.dumps(state.state_dict()))
+    assert loaded.config == state.config
+    with pytest.raises(ConfigError, match="call attach"):
+        loaded.load_state_dict({})
+    with pytest.raises(RegistryError):
+        loaded.attach(torch.nn.Linear(3, 3))
+    loaded.attach(Net())
