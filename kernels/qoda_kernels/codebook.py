@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -119,12 +120,12 @@ class Codebook:
         """Whether values travel raw."""
         return self.bits == EXACT_BITS
 
-    @property
+    @cached_property
     def format(self) -> CodebookFormat:
         """The part of the codebook on which message sizes depend."""
         return CodebookFormat(self.bits, self.bucket_size, self.norm_format)
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """Eight bytes that differ when any field differs."""
         return hashlib.blake2b(json.dumps(self.to_dict(), sort_keys=True).encode(), digest_size=8).digest()

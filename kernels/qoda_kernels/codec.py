@@ -1,12 +1,18 @@
 """The codec of one message plan: gradients in, one message out; messages in, their mean out.
 
 Messages and gradients are CPU tensors. Bits equal those of `reference.py`, for any number of threads.
+
+What can be known before is prepared once: the segments, cut into shares of equal size for the threads, are grouped by
+codebook and dtype, and each group is one call of a kernel. So a call of `encode` or `decode_mean` costs a few
+microseconds and what the kernels need, for one segment as for hundreds.
 """
 
+import ctypes
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,49 +20,44 @@ import torch
 
 from qoda_kernels import cpu
 from qoda_kernels.codebook import ROWS, Codebook
-from qoda_kernels.dither import DitherKey
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Segment
 from qoda_kernels.reference import rounding_table, signed_levels
-from qoda_kernels.wire import Header, MessageContext, check_header, fold_checksum
+from qoda_kernels.wire import Header, MessageContext, check_header, fold_checksum, message_digest, pack_header
 from qoda_kernels.worker_threads import WorkerThreads
 
-_KINDS = {torch.float32: cpu.FLOAT32, torch.float16: cpu.FLOAT16, torch.bfloat16: cpu.BFLOAT16}
-
-
-_SMALLEST_PART = 32_768  # coordinates (or words of a checksum) for which another thread is worth its start
+_KINDS = {
+    torch.float32: cpu.FLOAT32,
+    torch.float16: cpu.FLOAT16,
+    torch.bfloat16: cpu.BFLOAT16,
+    torch.float64: cpu.FLOAT64,
+}
+_SMALLEST_SHARE = 131_072  # coordinates for which another thread is worth its start
+_SMALLEST_SUMMED_SHARE = 2**19  # bytes of a payload, likewise: sums go at many gigabytes a second
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A run of whole buckets of one segment: what one thread works on.
+class _Group:
+    """Parts of one share that one call of a kernel works on: all of one codebook and one dtype.
 
     Attributes:
-        segment: index of the segment in the plan.
-        first: first coordinate, in the slice.
-        last: coordinate behind the last one.
-        norms_begin: first byte of the norm words, counted from the message's start.
-        norms_bytes: their size.
-        codes_begin: first byte of the codes or raw values.
-        codes_bytes: their size.
+        codebook: its key.
+        dtype: of the tensors.
+        parts: int64 [n, cpu.PART_FIELDS].
     """
 
-    segment: int
-    first: int
-    last: int
-    norms_begin: int
-    norms_bytes: int
-    codes_begin: int
-    codes_bytes: int
+    codebook: str
+    dtype: torch.dtype
+    parts: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _CodebookTables:
-    """What the kernels need of a codebook."""
+class _Call:
+    """A kernel, the parts it works on, and the arguments that never change."""
 
-    codebook: Codebook
-    rounding: cpu.KernelTable
-    signed_levels: npt.NDArray[np.float32]
+    kernel: Callable[..., Any]
+    parts: npt.NDArray[np.int64]
+    fixed: tuple[Any, ...]
 
 
 class Codec:
@@ -65,7 +66,7 @@ class Codec:
     def __init__(
         self, plan: MessagePlan, codebooks: Mapping[str, Codebook], threads: WorkerThreads | None = None
     ) -> None:
-        """Prepare the tables of the plan's codebooks.
+        """Take over a plan; kernels are looked up at the first encode and decode.
 
         Args:
             plan: layout of the messages.
@@ -77,28 +78,21 @@ class Codec:
         """
         self.plan = plan
         self._threads = WorkerThreads(1) if threads is None else threads
-        self._parts = [
-            part
-            for index, segment in enumerate(plan.segments)
-            for part in _parts_of(index, segment, self._threads.count)
-        ]
-        used = {segment.slice.codebook: codebooks[segment.slice.codebook] for segment in plan.segments}
+        self._codebooks = {segment.slice.codebook: codebooks[segment.slice.codebook] for segment in plan.segments}
         for segment in plan.segments:
-            found = used[segment.slice.codebook].format
+            found = self._codebooks[segment.slice.codebook].format
             if found != segment.format:
                 raise PlanError(
                     f"codebook {segment.slice.codebook!r} has {found}, but the plan was laid out for {segment.format}; "
                     "build a new plan"
                 )
-        self._tables = {
-            key: _CodebookTables(codebook, cpu.kernel_table(rounding_table(codebook)), signed_levels(codebook))
-            for key, codebook in used.items()
-            if not codebook.is_exact
-        }
+        self._wanted = [(segment.slice.length, segment.slice.dtype) for segment in plan.segments]
+        self._encode_calls: dict[bool, list[list[_Call]]] = {}
         digest = hashlib.blake2b(plan.digest, digest_size=8)
-        for key in sorted(used):
-            digest.update(used[key].digest)
+        for key in sorted(self._codebooks):
+            digest.update(self._codebooks[key].digest)
         self._digest = digest.digest()
+        self._message_digests: dict[tuple[int, int, int], bytes] = {}
 
     def encode(
         self, values: Sequence[torch.Tensor], context: MessageContext, out: torch.Tensor | None = None
@@ -118,13 +112,19 @@ class Codec:
         """
         self._check_tensors(values)
         message = torch.empty(self.plan.message_bytes, dtype=torch.uint8) if out is None else out
-        if message.shape != (self.plan.message_bytes,) or message.dtype != torch.uint8 or not message.is_contiguous():
-            raise PlanError(f"the message buffer must be contiguous uint8 [{self.plan.message_bytes}]")
-        key = DitherKey.derive(context.seed, context.counter, context.rank, context.phase)
-        data = message.numpy()
-        self._threads.run(lambda part: self._encode_part(part, values, key, data), self._parts)
-        header = Header.expected(self._digest, context, self.plan.payload_bytes, self._checksum(data))
-        data[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
+        if not self._is_message(message):
+            raise PlanError(f"the message buffer must be a contiguous CPU uint8 [{self.plan.message_bytes}]")
+        key = context.key()
+        addresses = _addresses(values)
+        begin = message.data_ptr()
+        totals: list[int] = []
+
+        def run(calls: list[_Call]) -> None:
+            for call in calls:
+                totals.append(call.kernel(addresses, call.parts, begin, key.words, *call.fixed))
+
+        self._threads.run(run, self._encoders(key.strata > 1))
+        ctypes.memmove(begin, self._header_bytes(context, fold_checksum(sum(totals))), HEADER_BYTES)
         return message
 
     def decode_mean(
@@ -154,127 +154,182 @@ class Codec:
             )
         for message, context in zip(messages, contexts, strict=True):
             self._check_message(message, context)
-        if out is None:
-            out = [torch.empty(s.slice.length, dtype=s.slice.dtype) for s in self.plan.segments]
-        self._check_tensors(out)
-        factor = np.float32(1.0 / len(messages) if scale is None else scale)
-        # Kernels write float32; 16-bit results are rounded from it.
-        wide = [torch.empty(r.shape, dtype=torch.float32) if r.dtype.itemsize == 2 else r for r in out]
-        self._threads.run(lambda part: self._decode_part(part, messages, factor, wide), self._parts)
-        for result, found in zip(out, wide, strict=True):
-            if result.dtype == torch.bfloat16:
-                cpu.round_to_bfloat16(found.numpy(), result.detach().view(torch.uint16).numpy())
-            elif found is not result:
-                result.copy_(found)
-        return list(out)
+        results = [torch.empty(length, dtype=dtype) for length, dtype in self._wanted] if out is None else list(out)
+        self._check_tensors(results)
+        received, written = _addresses(messages), _addresses(results)
+        factor = float(np.float32(1.0 / len(messages) if scale is None else scale))
+
+        def run(calls: list[_Call]) -> None:
+            for call in calls:
+                call.kernel(received, written, call.parts, factor, *call.fixed)
+
+        self._threads.run(run, self._decoders)
+        return results
+
+    @cached_property
+    def _shares(self) -> list[list[_Group]]:
+        """The plan's segments, grouped, in one share for each thread, or in fewer where they are small."""
+        total = sum(length for length, _ in self._wanted)
+        count = max(1, min(self._threads.count, total // _SMALLEST_SHARE))
+        return [_grouped(self.plan, parts) for parts in _cut(self.plan, count)]
+
+    def _encoders(self, is_stratified: bool) -> list[list[_Call]]:
+        """The calls that encode a message, for each thread."""
+        if is_stratified not in self._encode_calls:
+            tables = {key: self._encoding_tables(book) for key, book in self._codebooks.items() if not book.is_exact}
+
+            def call(group: _Group) -> _Call:
+                book = self._codebooks[group.codebook]
+                if book.is_exact:
+                    return _Call(cpu.exact_encoder(), group.parts, (group.dtype.itemsize,))
+                method, fixed = tables[group.codebook]
+                kernel = cpu.encoder(book.bits, book.format.lanes, method, _KINDS[group.dtype], is_stratified)
+                return _Call(kernel, group.parts, fixed)
+
+            self._encode_calls[is_stratified] = [[call(group) for group in share] for share in self._shares]
+        return self._encode_calls[is_stratified]
+
+    @staticmethod
+    def _encoding_tables(codebook: Codebook) -> tuple[str, tuple[Any, ...]]:
+        """Rounding method of a codebook, and the arguments of its encoder."""
+        table = cpu.kernel_table(rounding_table(codebook))
+        clip = int(np.float32(codebook.clip).view(np.uint32))
+        scalars = codebook.bucket_size, codebook.format.norm_bytes, codebook.norm == "l2", clip
+        return table.method, (*scalars, table.slopes, table.intercepts, table.levels, table.cells)
+
+    @cached_property
+    def _decoders(self) -> list[list[_Call]]:
+        """The calls that decode messages, for each thread."""
+        levels = {key: signed_levels(book) for key, book in self._codebooks.items() if not book.is_exact}
+
+        def call(group: _Group) -> _Call:
+            book, kind = self._codebooks[group.codebook], _KINDS[group.dtype]
+            if book.is_exact:
+                return _Call(cpu.exact_decoder(), group.parts, (kind,))
+            fixed = book.bucket_size, book.format.norm_bytes, levels[group.codebook]
+            return _Call(cpu.decoder(book.bits, book.format.lanes, kind), group.parts, fixed)
+
+        return [[call(group) for group in share] for share in self._shares]
 
     def _check_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
-        if len(tensors) != len(self.plan.segments):
-            raise PlanError(f"{len(tensors)} tensors for a plan of {len(self.plan.segments)} segments")
-        for segment, tensor in zip(self.plan.segments, tensors, strict=True):
-            wanted = segment.slice
-            if tensor.shape != (wanted.length,) or tensor.dtype != wanted.dtype or not tensor.is_contiguous():
-                raise PlanError(
-                    f"parameter {wanted.parameter!r}: the plan has a contiguous {wanted.dtype} [{wanted.length}], "
-                    f"got {tensor.dtype} {list(tensor.shape)}"
-                )
-            if tensor.device.type != "cpu":
-                raise PlanError(
-                    f"parameter {wanted.parameter!r} is on {tensor.device}; this codec works on CPU tensors"
-                )
+        if len(tensors) != len(self._wanted):
+            raise PlanError(f"{len(tensors)} tensors for a plan of {len(self._wanted)} segments")
+        for index, (tensor, (length, dtype)) in enumerate(zip(tensors, self._wanted, strict=True)):
+            is_row = tensor.dim() == 1 and tensor.numel() == length and tensor.is_contiguous()
+            if not is_row or tensor.dtype != dtype or not tensor.is_cpu:
+                self._refuse_tensor(index, tensor)
 
-    def _encode_part(
-        self, part: _Part, tensors: Sequence[torch.Tensor], key: DitherKey, data: npt.NDArray[np.uint8]
-    ) -> None:
-        segment = self.plan.segments[part.segment]
-        data[segment.codes_begin + segment.codes_bytes : segment.end] = 0
-        codes = data[part.codes_begin : part.codes_begin + part.codes_bytes]
-        values = tensors[part.segment].detach()[part.first : part.last]
-        if segment.format.is_exact:
-            codes[:] = values.view(torch.uint8).numpy()
-            return
-        tables = self._tables[segment.slice.codebook]
-        kind = _KINDS[values.dtype]
-        array = values.numpy() if kind == cpu.FLOAT32 else values.view(torch.uint16).numpy()
-        norms = data[part.norms_begin : part.norms_begin + part.norms_bytes]
-        coordinate = segment.slice.coordinate + part.first
-        cpu.quantize(array, kind, tables.codebook, tables.rounding, coordinate, key, norms, codes)
-
-    def _decode_part(
-        self, part: _Part, messages: Sequence[torch.Tensor], factor: np.float32, results: Sequence[torch.Tensor]
-    ) -> None:
-        segment = self.plan.segments[part.segment]
-        result = results[part.segment].detach()[part.first : part.last]
-        if segment.format.is_exact:
-            _sum_exact(part, messages, factor, segment.slice.dtype, result)
-            return
-        tables = self._tables[segment.slice.codebook]
-        addresses = np.array([message.data_ptr() for message in messages], dtype=np.uint64)
-        cpu.decode_mean(
-            addresses,
-            part.norms_begin,
-            part.codes_begin,
-            part.codes_bytes,
-            tables.codebook,
-            tables.signed_levels,
-            factor,
-            result.numpy(),
+    def _refuse_tensor(self, index: int, tensor: torch.Tensor) -> None:
+        wanted = self.plan.segments[index].slice
+        if tensor.device.type != "cpu":
+            raise PlanError(f"parameter {wanted.parameter!r} is on {tensor.device}; this codec works on CPU tensors")
+        raise PlanError(
+            f"parameter {wanted.parameter!r}: the plan has a contiguous {wanted.dtype} [{wanted.length}], "
+            f"got {tensor.dtype} {list(tensor.shape)}"
         )
+
+    def _is_message(self, tensor: torch.Tensor) -> bool:
+        is_row = tensor.dim() == 1 and tensor.numel() == self.plan.message_bytes and tensor.is_contiguous()
+        return is_row and tensor.dtype == torch.uint8 and tensor.is_cpu
 
     def _check_message(self, message: torch.Tensor, context: MessageContext) -> None:
         source = context.source
-        if message.shape != (self.plan.message_bytes,) or message.dtype != torch.uint8:
-            raise WireError(
-                f"message from source {source} is {message.dtype} {list(message.shape)}, expected uint8 "
-                f"[{self.plan.message_bytes}]; the ranks disagree on the model or on its codebooks"
-            )
-        if message.device.type != "cpu" or not message.is_contiguous():
+        if not self._is_message(message):
+            if message.shape != (self.plan.message_bytes,) or message.dtype != torch.uint8:
+                raise WireError(
+                    f"message from source {source} is {message.dtype} {list(message.shape)}, expected uint8 "
+                    f"[{self.plan.message_bytes}]; the ranks disagree on the model or on its codebooks"
+                )
             raise WireError(f"message from source {source} must be a contiguous CPU tensor")
-        data = message.numpy()
-        expected = Header.expected(self._digest, context, self.plan.payload_bytes, self._checksum(data))
-        check_header(data[:HEADER_BYTES].tobytes(), expected, source)
+        begin = message.data_ptr()
+        checksum = self._checksum(begin)
+        received = ctypes.string_at(begin, HEADER_BYTES)
+        if received != self._header_bytes(context, checksum):
+            expected = Header.expected(self._digest, context, self.plan.payload_bytes, checksum)
+            check_header(received, expected, source)
 
-    def _checksum(self, message: npt.NDArray[np.uint8]) -> int:
-        """Checksum of a message's payload."""
-        words = message[HEADER_BYTES:].view(np.uint32)
-        sums: list[tuple[int, int]] = []
+    def _header_bytes(self, context: MessageContext, checksum: int) -> bytes:
+        """Header of the message with a context, given its payload's checksum."""
+        key = context.phase, context.source, context.destination
+        digest = self._message_digests.get(key)
+        if digest is None:
+            digest = self._message_digests[key] = message_digest(self._digest, context)
+        return pack_header(digest, context.registry_version, context.counter, self.plan.payload_bytes, checksum)
 
-        def add(bounds: tuple[int, int]) -> None:
-            total, weighted = cpu.word_sums(words[bounds[0] : bounds[1]], bounds[0] + 1)
-            sums.append((int(total), int(weighted)))
+    def _checksum(self, begin: int) -> int:
+        """Checksum of the payload of a message at an address."""
+        size = self.plan.message_bytes
+        count = min(self._threads.count, 1 + size // _SMALLEST_SUMMED_SHARE)
+        cuts = [HEADER_BYTES + (size - HEADER_BYTES) * index // count for index in range(count + 1)]
+        totals: list[int] = []
 
-        pieces = min(self._threads.count, 1 + words.size // _SMALLEST_PART)
-        cuts = [words.size * index // pieces for index in range(pieces + 1)]
-        self._threads.run(add, list(pairwise(cuts)))
-        return fold_checksum(sum(total for total, _ in sums), sum(weighted for _, weighted in sums))
+        def add(index: int) -> None:
+            totals.append(cpu.byte_summer()(begin, cuts[index], cuts[index + 1]))
+
+        self._threads.run(add, range(count))
+        return fold_checksum(sum(totals))
 
 
-def _parts_of(index: int, segment: Segment, threads: int) -> list[_Part]:
-    """A segment cut into one run of whole buckets per thread, or fewer where it is small; none where it is empty."""
-    length, bucket_size = segment.slice.length, segment.format.bucket_size
+def _addresses(tensors: Sequence[torch.Tensor]) -> npt.NDArray[np.uint64]:
+    return np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uint64)
+
+
+def _cut(plan: MessagePlan, count: int) -> list[list[tuple[int, int, int]]]:
+    """Shares of a plan with about equally many coordinates: runs (segment, first bucket, bucket behind the last one).
+
+    Segments of one codebook and dtype are put next to each other, so that a share has few groups.
+    """
+    kinds: dict[tuple[str, torch.dtype], list[int]] = {}
+    for index, segment in enumerate(plan.segments):
+        if segment.slice.length:
+            kinds.setdefault((segment.slice.codebook, segment.slice.dtype), []).append(index)
+    total, passed = plan.coordinates, 0
+    shares: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
+    for index in (index for indices in kinds.values() for index in indices):
+        segment = plan.segments[index]
+        bucket = 0
+        while bucket < segment.buckets:
+            place = passed + bucket * segment.format.bucket_size
+            share = min(place * count // total, count - 1)
+            share_end = -(-total * (share + 1) // count)  # the first coordinate of the next share
+            end = segment.buckets
+            if share < count - 1:
+                end = min(end, bucket - (place - share_end) // segment.format.bucket_size)
+            shares[share].append((index, bucket, end))
+            bucket = end
+        passed += segment.slice.length
+    return [share for share in shares if share]
+
+
+def _grouped(plan: MessagePlan, runs: Sequence[tuple[int, int, int]]) -> list[_Group]:
+    """The runs of a share as groups of parts."""
+    found: dict[tuple[str, torch.dtype], list[list[int]]] = {}
+    for index, begin, end in runs:
+        segment = plan.segments[index]
+        key = segment.slice.codebook, segment.slice.dtype
+        found.setdefault(key, []).append(_part(index, segment, begin, end))
+    return [_Group(*key, np.array(parts, dtype=np.int64)) for key, parts in found.items()]
+
+
+def _part(index: int, segment: Segment, begin: int, end: int) -> list[int]:
+    """Fields of a part, in the order of `cpu`: the buckets [begin, end) of a segment."""
+    size, length = segment.format.bucket_size, segment.slice.length
+    first, last = begin * size, min(end * size, length)
+    is_last = end == segment.buckets
     if segment.format.is_exact:
-        return [_Part(index, 0, length, segment.begin, 0, segment.codes_begin, segment.codes_bytes)] if length else []
-    count = min(threads, segment.buckets, 1 + length // _SMALLEST_PART)
-    cuts = [segment.buckets * number // count for number in range(count + 1)] if count else []
-    bucket_codes = bucket_size // ROWS * segment.format.bits
-    parts = []
-    for begin, end in pairwise(cuts):
+        norms_begin, bucket_bytes = segment.begin, size * segment.slice.dtype.itemsize
+    else:
         norms_begin = segment.begin + begin * segment.format.norm_bytes
-        codes_begin = segment.codes_begin + begin * bucket_codes
-        codes_end = min(segment.codes_begin + end * bucket_codes, segment.codes_begin + segment.codes_bytes)
-        first, last = begin * bucket_size, min(end * bucket_size, length)
-        norms_bytes = (end - begin) * segment.format.norm_bytes
-        parts.append(_Part(index, first, last, norms_begin, norms_bytes, codes_begin, codes_end - codes_begin))
-    return parts
-
-
-def _sum_exact(
-    part: _Part, messages: Sequence[torch.Tensor], factor: np.float32, dtype: torch.dtype, result: torch.Tensor
-) -> None:
-    """Sum of an exact slice over the messages, in rank order, in the precision of the result."""
-    end = part.codes_begin + part.codes_bytes
-    values = [message[part.codes_begin : end].clone().view(dtype).to(result.dtype) for message in messages]
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    result.copy_(total * float(factor))
+        bucket_bytes = size // ROWS * segment.format.bits
+    codes_begin = segment.codes_begin + begin * bucket_bytes
+    codes_end = segment.codes_begin + (segment.codes_bytes if is_last else end * bucket_bytes)
+    fields = [0] * cpu.PART_FIELDS
+    fields[cpu.SEGMENT] = index
+    fields[cpu.FIRST] = first
+    fields[cpu.LENGTH] = last - first
+    fields[cpu.COORDINATE] = (segment.slice.coordinate + first + 2**63) % 2**64 - 2**63  # the low 64 bits
+    fields[cpu.NORMS_BEGIN] = norms_begin
+    fields[cpu.CODES_BEGIN] = codes_begin
+    fields[cpu.CODES_END] = codes_end
+    fields[cpu.END] = segment.end if is_last else codes_end
+    return fields

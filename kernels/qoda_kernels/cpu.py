@@ -1,13 +1,17 @@
 """Numba CPU kernels: `reference.py`, fast. Each must give the reference's bits.
 
-A kernel is compiled per (code width, lanes, rounding method, gradient dtype) on first use and cached on disk. Kernels
-release the GIL, allocate nothing but one bucket of scratch, and never read or write outside the arrays they are given.
+A kernel works on a list of **parts**, runs of whole buckets of any segments of a message, all with one codebook and one
+dtype; messages and tensors come as addresses, so that a call costs the host about a microsecond. Kernels are compiled
+per (code width, lanes, rounding method, gradient dtype) and cached on disk. They release the GIL, allocate nothing but
+one bucket of scratch, and never read or write outside the tensors.
 
-What makes them fast: all arithmetic on 32-bit words (`word32.py`), rounding to nearest by adding 1.5 * 2^23 and reading
-the low bits, one hash for two coordinates, and inner loops over a literal number of lanes that the compiler turns into
-vector instructions without shuffles.
+What makes them fast: one pass over the memory, in which the next tile is asked for while this one is in work; all
+arithmetic on vectors of 32-bit words (`tiles.py`), rounding to nearest by adding 1.5 * 2^23 and reading the low bits,
+one hash for two coordinates, and codes that stay in registers until they are packed.
 """
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -16,18 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from numba import carray, njit, types
-from numba.extending import overload
-from numba.np.unsafe.ndarray import to_fixed_tuple
+from numba.core import event
 
-from qoda_kernels import word32
-from qoda_kernels.codebook import ROWS, Codebook
-from qoda_kernels.dither import (
-    FIRST_MULTIPLIER,
-    HIGH_WORD_MULTIPLIER,
-    SECOND_MULTIPLIER,
-    WEYL_MULTIPLIER,
-    DitherKey,
-)
+from qoda_kernels import tiles, word32
+from qoda_kernels.codebook import ROWS
+from qoda_kernels.dither import HIGH_WORD_MULTIPLIER, WEYL_MULTIPLIER
+from qoda_kernels.layout import HEADER_BYTES
 from qoda_kernels.reference import (
     INFINITY_BITS,
     L2_LANES,
@@ -37,43 +35,44 @@ from qoda_kernels.reference import (
     RoundingTable,
     fraction_bits,
 )
+from qoda_kernels.wire import CHECKSUM_MULTIPLIER
 
-FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
-_MOST_CELLS = 2048
+_LOG = logging.getLogger(__name__)
+
+FLOAT32, FLOAT16, BFLOAT16, FLOAT64 = range(4)
+METHODS = {"uniform": tiles.UNIFORM, "minimum": tiles.MINIMUM, "cells": tiles.CELLS, "search": tiles.SEARCH}
+_MOST_CELLS = 4096
+_MOST_MANTISSA_BITS = 10
+
+# Fields of a part, int64 each. Bytes are counted from the message's start.
+SEGMENT = 0  # number of the tensor
+FIRST = 1  # first coordinate, in the tensor
+LENGTH = 2  # coordinates
+COORDINATE = 3  # number of the first coordinate in the whole model
+NORMS_BEGIN = 4  # first byte of the norm words
+CODES_BEGIN = 5  # first byte of the codes or raw values
+CODES_END = 6  # first byte behind them
+END = 7  # first byte behind the padding that follows them, if any
+PART_FIELDS = 8
 
 _MAGNITUDE, _SIGN = np.uint32(0x7FFFFFFF), np.uint32(0x80000000)
 _INFINITY = np.uint32(INFINITY_BITS)
 _NAN = np.uint32(NAN_BITS)
+_HALF_NAN = np.uint32(0x7E00)
 _LARGEST = np.uint32(0x7F7FFFFF)
-_ROUNDING_CONSTANT = np.float32(1.5 * 2.0**23)  # x + it has the ulp 1, so its low bits are rint(x)
-_ROUNDING_BITS = np.uint32(0x4B400000)
 _WEYL = np.uint32(WEYL_MULTIPLIER)
-_FIRST = np.uint32(FIRST_MULTIPLIER)
-_SECOND = np.uint32(SECOND_MULTIPLIER)
 _HIGH_WORD = np.uint32(HIGH_WORD_MULTIPLIER)
 _TINY_NORM = np.float32(TINY_NORM)
 _TINY_SCALE = np.float32(TINY_SCALE)
 _LOW_HALF = np.uint32(0xFFFF)
+_CHECKSUM = np.uint64(CHECKSUM_MULTIPLIER)
+_GROUP = tiles.GROUP
+_SUM_STEP = 64  # bytes
+_CHUNK = 32  # buckets whose codes are summed for the checksum while they are in the cache
+_AHEAD = np.uint64(2048)  # bytes
 
 _inline = njit(inline="always", nogil=True, error_model="numpy")
 _kernel = njit(nogil=True, error_model="numpy", cache=True)
-
-
-@_inline
-def _hash(weyl: np.uint32, first: np.uint32, second: np.uint32) -> np.uint32:
-    """`dither.hash32` of a coordinate.
-
-    Args:
-        weyl: low word of the coordinate's number times the Weyl multiplier.
-        first: first key word plus the share of the high word.
-        second: second key word.
-    """
-    word = word32.bit_xor(weyl, first)
-    word = word32.bit_xor(word, word32.shift_right(word, np.uint32(15)))
-    word = word32.bit_xor(word32.multiply(word, _FIRST), second)
-    word = word32.bit_xor(word, word32.shift_right(word, np.uint32(15)))
-    word = word32.multiply(word, _SECOND)
-    return word32.bit_xor(word, word32.shift_right(word, np.uint32(15)))
 
 
 @_inline
@@ -91,37 +90,97 @@ def _widen_half(half: np.uint32) -> np.float32:
     return word32.float_from_bits(word32.bit_or(rebased, sign))
 
 
+@_inline
+def _rounded_to_half(value: np.float32) -> np.uint32:
+    """Bits of a float32 rounded to nearest even in float16; 0x7E00 for NaN."""
+    bits = word32.float_bits(value)
+    magnitude = word32.bit_and(bits, _MAGNITUDE)
+    if magnitude > _INFINITY:
+        return _HALF_NAN
+    if magnitude >= np.uint32(143 << 23):  # 2^16: infinity
+        half = np.uint32(0x7C00)
+    elif magnitude < np.uint32(113 << 23):  # subnormal: the sum with 1/2 has the ulp 2^-24
+        summed = np.float32(word32.float_from_bits(magnitude) + np.float32(0.5))
+        half = word32.subtract(word32.float_bits(summed), np.uint32(126 << 23))
+    else:
+        odd = word32.bit_and(word32.shift_right(magnitude, np.uint32(13)), np.uint32(1))
+        rounded = word32.add(magnitude, word32.add(odd, np.uint32(0xFFF)))
+        half = word32.shift_right(word32.subtract(rounded, np.uint32(112 << 23)), np.uint32(13))
+    sign = word32.bit_and(word32.shift_right(bits, np.uint32(16)), np.uint32(0x8000))
+    return word32.bit_or(half, sign)
+
+
+@_inline
+def _rounded_to_bfloat16(value: np.float32) -> np.uint32:
+    """Bits of a float32 rounded to bfloat16 (`reference.bfloat16_bits`); torch gives NaN other bits elsewhere."""
+    bits = word32.float_bits(value)
+    odd = word32.bit_and(word32.shift_right(bits, np.uint32(16)), np.uint32(1))
+    rounded = word32.add(bits, word32.add(odd, np.uint32(0x7FFF)))
+    if word32.bit_and(bits, _MAGNITUDE) > _INFINITY:
+        rounded = _NAN
+    return word32.shift_right(rounded, np.uint32(16))
+
+
 @_kernel
-def _max_magnitude(bucket: npt.NDArray[np.float32]) -> np.uint32:
-    """Largest magnitude of a bucket, as float32 bits; NaN and infinity compare as the largest."""
+def round_values(values: npt.NDArray[np.float32], kind: int, out: npt.NDArray[np.uint16]) -> None:
+    """Bits of values rounded to float16 or bfloat16, to nearest even, with one NaN.
+
+    Args:
+        values: float32 [n].
+        kind: FLOAT16 or BFLOAT16.
+        out: uint16 [n], written.
+    """
+    if kind == FLOAT16:
+        for index in range(values.size):
+            out[index] = np.uint16(_rounded_to_half(values[index]))
+    else:
+        for index in range(values.size):
+            out[index] = np.uint16(_rounded_to_bfloat16(values[index]))
+
+
+@_kernel
+def widen_values(values: npt.NDArray[np.uint16], kind: int, out: npt.NDArray[np.float32]) -> None:
+    """Float32 values of bits of float16 or bfloat16: the inverse of `round_values`, exact."""
+    if kind == FLOAT16:
+        for index in range(values.size):
+            out[index] = _widen_half(np.uint32(values[index]))
+    else:
+        for index in range(values.size):
+            out[index] = word32.float_from_bits(word32.shift_left(np.uint32(values[index]), np.uint32(16)))
+
+
+@_kernel
+def _max_magnitude(address: np.uint64, length: int) -> np.uint32:
+    """Largest magnitude of float32 values, as bits; NaN and infinity compare as the largest."""
+    groups = length // _GROUP
     largest = np.uint32(0)
-    for index in range(bucket.size):
-        largest = word32.maximum(largest, word32.bit_and(word32.float_bits(bucket[index]), _MAGNITUDE))
+    if groups > 0:
+        largest = tiles.largest_magnitude(np.uint64(address), groups)
+    values = carray(word32.float_pointer(np.uint64(address)), (length,), np.float32)
+    for index in range(groups * _GROUP, length):
+        largest = word32.maximum(largest, word32.bit_and(word32.float_bits(values[index]), _MAGNITUDE))
     return largest
 
 
 @_kernel
-def _l2_norm(bucket: npt.NDArray[np.float32], largest: np.uint32, lanes: npt.NDArray[np.float32]) -> np.uint32:
+def _l2_norm(address: np.uint64, length: int, largest: np.uint32, lanes: npt.NDArray[np.float32]) -> np.uint32:
     """Euclidean norm of a finite bucket that is not all zero, as float32 bits (`reference.bucket_norm`)."""
     field = min(max(254 - int(largest >> np.uint32(23)), 1), 253)
     scale = word32.float_from_bits(np.uint32(field << 23))
     lanes[:] = np.float32(0.0)
-    rows = bucket.size // L2_LANES
-    for row in range(rows):
-        part = bucket[row * L2_LANES : (row + 1) * L2_LANES]
-        for lane in range(L2_LANES):
-            scaled = np.float32(part[lane] * scale)
-            lanes[lane] = np.float32(lanes[lane] + np.float32(scaled * scaled))
-    for lane in range(bucket.size - rows * L2_LANES):
-        scaled = np.float32(bucket[rows * L2_LANES + lane] * scale)
+    rows = length // L2_LANES
+    tiles.add_squares(np.uint64(address), rows, scale, lanes)
+    values = carray(word32.float_pointer(np.uint64(address)), (length,), np.float32)
+    for lane in range(length - rows * L2_LANES):
+        scaled = np.float32(values[rows * L2_LANES + lane] * scale)
         lanes[lane] = np.float32(lanes[lane] + np.float32(scaled * scaled))
     width = L2_LANES // 2
     while width > 0:
         for lane in range(width):
             lanes[lane] = np.float32(lanes[lane] + lanes[lane + width])
         width //= 2
-    length = np.float32(np.sqrt(lanes[0]) * word32.float_from_bits(np.uint32((254 - field) << 23)))
-    return word32.minimum(word32.float_bits(length), _LARGEST)
+    root = np.float32(np.sqrt(lanes[0]) * word32.float_from_bits(np.uint32((254 - field) << 23)))
+    return word32.minimum(word32.float_bits(root), _LARGEST)
 
 
 @_kernel
@@ -132,434 +191,436 @@ def _round_up_to_bfloat16(word: np.uint32) -> np.uint32:
     return word32.bit_and(word32.add(word, _LOW_HALF), np.uint32(0xFFFF0000))
 
 
+@_inline
+def _bytes_at(address, count):  # type: ignore[no-untyped-def]  # Numba infers
+    return carray(word32.byte_pointer(address), (count,), np.uint8)
+
+
 @_kernel
-def word_sums(words: npt.NDArray[np.uint32], first: int) -> tuple[np.uint64, np.uint64]:
-    """Sum of 32-bit words, and sum weighted by their positions first, first + 1, ..., modulo 2^64 (`wire.py`)."""
+def _share_of_bytes(message: np.uint64, begin: int, end: int) -> np.uint64:
+    """What bytes of a message, one by one, add to its checksum's total."""
+    data = _bytes_at(np.uint64(message), end)
     total = np.uint64(0)
-    weighted = np.uint64(0)
-    for index in range(words.size):
-        word = np.uint64(words[index])
-        total += word
-        weighted += np.uint64(index + first) * word
-    return total, weighted
+    for place in range(begin, end):
+        offset = place - HEADER_BYTES
+        weight = np.uint64(1) + _CHECKSUM * np.uint64(offset // 4 + 1)
+        total += weight * (np.uint64(data[place]) << np.uint64(8 * (offset % 4)))
+    return total
+
+
+@_kernel
+def sum_bytes(message: np.uint64, begin: int, end: int) -> np.uint64:
+    """What a run of bytes adds to the checksum's total: A + CHECKSUM_MULTIPLIER B of `wire.py`, modulo 2^64.
+
+    Args:
+        message: address of the message.
+        begin: first byte, counted from the message's start, at least HEADER_BYTES.
+        end: byte behind the last one.
+    """
+    first = begin + -begin % 4
+    steps = (end - first) // _SUM_STEP
+    if steps < 1:
+        return _share_of_bytes(message, begin, end)
+    last = first + steps * _SUM_STEP
+    word = np.uint64((first - HEADER_BYTES) // 4 + 1)
+    total = tiles.sum_words(np.uint64(message) + np.uint64(first), steps, word, _CHECKSUM)
+    return total + _share_of_bytes(message, begin, first) + _share_of_bytes(message, last, end)
 
 
 @dataclass(frozen=True)
 class KernelTable:
     """A rounding table as the kernels read it.
 
-    Method "cells" finds the interval without a search: [0, 1] is cut into equal cells, few enough to stay in the
-    fastest cache and so many that no cell holds two levels. A coordinate's cell and whether it lies above the level in
-    it tell its line.
+    Method "cells" finds the interval without a search: every power of two is cut into 2^m equal cells, few enough to
+    stay in the fastest caches and so many that no cell holds two levels. The highest bits of a coordinate tell its
+    cell; whether it lies above the level in it tells its line.
 
     Attributes:
         method: "uniform", "minimum", "search" as in the rounding table, or "cells" in place of "search".
-        cells: number of cells; 0 for the other methods.
         slopes: float32, of each line; with cells 2 per cell, for coordinates below and above its level.
         intercepts: float32, likewise.
         levels: float32: the levels; with cells the level in each cell, or 2 where there is none.
+        cells: uint32 [2]: with cells the lower end of the first one, as float32 bits, and 23 - m.
     """
 
     method: str
-    cells: int
     slopes: npt.NDArray[np.float32]
     intercepts: npt.NDArray[np.float32]
     levels: npt.NDArray[np.float32]
+    cells: npt.NDArray[np.uint32]
 
 
 def kernel_table(table: RoundingTable) -> KernelTable:
     """The table that makes the kernels give the positions of a rounding table."""
-    if table.method != "search":
-        return KernelTable(table.method, 0, table.slopes, table.intercepts, table.levels)
-    inner = table.levels[1:-1]
-    for cells in (256, 512, 1024, _MOST_CELLS):
-        place = (inner * np.float32(cells)).astype(np.int64)
-        if np.unique(place).size == inner.size:
-            below = np.searchsorted(place, np.arange(cells + 1), side="left")
-            line = np.stack([below, np.minimum(below + 1, inner.size)], axis=1).ravel()
-            levels = np.full(cells + 1, 2.0, dtype=np.float32)
-            levels[place] = inner
-            return KernelTable("cells", cells, table.slopes[line], table.intercepts[line], levels)
-    return KernelTable("search", 0, table.slopes, table.intercepts, table.levels)
+    if table.method == "search":
+        for mantissa_bits in range(_MOST_MANTISSA_BITS + 1):
+            found = _table_with_cells(table, 23 - mantissa_bits)
+            if found is not None:
+                return found
+    return KernelTable(table.method, table.slopes, table.intercepts, table.levels, np.zeros(2, dtype=np.uint32))
 
 
-def _position(magnitude, multiplier, slopes, intercepts, levels):  # type: ignore[no-untyped-def]  # Numba infers
-    """Position of a magnitude on the scale of level indices, times 2^F (`reference.fixed_point`)."""
-    raise AssertionError("for compiled code only")
+def _table_with_cells(table: RoundingTable, shift: int) -> KernelTable | None:
+    """Table with cells of which each is a run of 2^shift float32 numbers; None where that does not work."""
+    inner = table.levels[1:-1].view(np.uint32)
+    lowest = inner[0] >> np.uint32(shift) << np.uint32(shift)
+    place = ((inner - lowest) >> np.uint32(shift)).astype(np.int64)
+    one = int((np.float32(1.0).view(np.uint32) - lowest) >> np.uint32(shift))  # the cell of 1 and of what is rounded up
+    if one >= _MOST_CELLS or np.unique(place).size < inner.size:
+        return None
+    below = np.searchsorted(place, np.arange(one + 1), side="left")
+    line = np.stack([below, np.minimum(below + 1, inner.size)], axis=1).ravel()
+    levels = np.full(one + 1, 2.0, dtype=np.float32)
+    levels[place] = table.levels[1:-1]
+    cells = np.array([lowest, shift], dtype=np.uint32)
+    return KernelTable("cells", table.slopes[line], table.intercepts[line], levels, cells)
 
 
-@overload(_position, inline="always")
-def _overload_position(magnitude, multiplier, slopes, intercepts, levels):  # type: ignore[no-untyped-def]  # Numba infers
-    if isinstance(slopes, types.NoneType):
-        return lambda magnitude, multiplier, slopes, intercepts, levels: np.float32(magnitude * multiplier)
-    if isinstance(levels, types.NoneType):
-        return lambda magnitude, multiplier, slopes, intercepts, levels: word32.least_line(
-            slopes, intercepts, np.float32(magnitude * multiplier)
-        )
-
-    def look_up(magnitude, multiplier, slopes, intercepts, levels):  # type: ignore[no-untyped-def]  # Numba infers
-        boundaries, count = levels
-        normalised = np.float32(magnitude * multiplier)
-        cell = word32.truncated(np.float32(normalised * count))
-        is_above = word32.is_at_most(word32.element(boundaries, cell), normalised)
-        line = word32.bit_or(word32.shift_left(cell, np.uint32(1)), is_above)
-        return word32.fused_multiply_add(word32.element(slopes, line), normalised, word32.element(intercepts, line))
-
-    def search(magnitude, multiplier, slopes, intercepts, levels):  # type: ignore[no-untyped-def]  # Numba infers
-        table, halvings, last = levels
-        normalised = np.float32(magnitude * multiplier)
-        index = word32.minimum(word32.last_not_above(table, halvings, normalised), last)
-        return word32.fused_multiply_add(word32.element(slopes, index), normalised, word32.element(intercepts, index))
-
-    return look_up if len(levels) == 2 else search
+_FLOATS, _WORDS, _PARTS = types.float32[::1], types.uint32[::1], types.int64[:, ::1]
+_ADDRESSES = types.uint64[::1]
+_CODEBOOK = (types.int64, types.int64, types.boolean, types.uint32, _FLOATS, _FLOATS, _FLOATS, _WORDS)
+_ENCODE = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, *_CODEBOOK)
+_DECODE = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64, types.int64, _FLOATS)
+_COPY = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, types.int64)
+_SUM = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64)
 
 
-@_inline
-def _code(value, random, multiplier, slopes, intercepts, levels, bits, shift):  # type: ignore[no-untyped-def]  # Numba infers
-    """Code word of one coordinate, given 16 random bits."""
-    word = word32.float_bits(value)
-    magnitude = word32.float_from_bits(word32.bit_and(word, _MAGNITUDE))
-    position = _position(magnitude, multiplier, slopes, intercepts, levels)
-    fixed = word32.subtract(word32.float_bits(np.float32(position + _ROUNDING_CONSTANT)), _ROUNDING_BITS)
-    dithered = word32.add(fixed, word32.shift_right(random, np.uint32(16 - shift)))
-    level = word32.minimum(word32.shift_right(dithered, np.uint32(shift)), np.uint32((1 << (bits - 1)) - 1))
-    sign = word32.bit_and(word32.shift_right(word, np.uint32(32 - bits)), np.uint32(1 << (bits - 1)))
-    return word32.bit_or(level, sign)
+class _CompilationLog(event.Listener):
+    """Says in the log what a user is waiting for when a kernel is compiled, not when it is loaded from the cache."""
+
+    def __init__(self, kernel: Any, name: str) -> None:
+        self._kernel = kernel
+        self._name = name
+        self._begin = 0.0
+
+    def on_start(self, event: Any) -> None:
+        if event.data["dispatcher"] is self._kernel:
+            self._begin = time.perf_counter()
+            _LOG.info("compiling the CPU kernel that %s; once on this machine, some seconds", self._name)
+
+    def on_end(self, event: Any) -> None:
+        if event.data["dispatcher"] is self._kernel:
+            _LOG.info("the CPU kernel that %s is ready after %.1f s", self._name, time.perf_counter() - self._begin)
 
 
-@_inline
-def _lane_words(upper_codes, lower_codes, lane, lanes, bits):  # type: ignore[no-untyped-def]  # Numba infers
-    """Codes of one lane's rows 0-3 as one word, and of its rows 4-7 as another."""
-    low = np.uint32(0)
-    high = np.uint32(0)
-    for row in range(ROWS // 2):
-        position = np.uint32(row * bits)
-        low = word32.bit_or(low, word32.shift_left(np.uint32(upper_codes[row * lanes + lane]), position))
-        high = word32.bit_or(high, word32.shift_left(np.uint32(lower_codes[row * lanes + lane]), position))
-    return low, high
-
-
-@_inline
-def _plane(low, high, index, bits):  # type: ignore[no-untyped-def]  # Numba infers
-    """Byte `index` of a lane's 8 * bits bits; `low` holds the codes of rows 0-3, `high` those of rows 4-7."""
-    begin = 8 * index
-    middle = 4 * bits
-    if begin + 8 <= middle:
-        return word32.low_byte(word32.shift_right(low, np.uint32(begin)))
-    if begin >= middle:
-        return word32.low_byte(word32.shift_right(high, np.uint32(begin - middle)))
-    lower = word32.shift_right(low, np.uint32(begin))
-    return word32.low_byte(word32.bit_or(lower, word32.shift_left(high, np.uint32(middle - begin))))
-
-
-@_kernel
-def round_to_bfloat16(values: npt.NDArray[np.float32], out: npt.NDArray[np.uint16]) -> None:
-    """Bits of values rounded to bfloat16 (`reference.bfloat16_bits`); torch gives NaN other bits on other targets."""
-    for index in range(values.size):
-        bits = word32.float_bits(values[index])
-        odd = word32.bit_and(word32.shift_right(bits, np.uint32(16)), np.uint32(1))
-        rounded = word32.add(bits, word32.add(odd, np.uint32(0x7FFF)))
-        if word32.bit_and(bits, _MAGNITUDE) > _INFINITY:
-            rounded = _NAN
-        out[index] = np.uint16(word32.shift_right(rounded, np.uint32(16)))
+def _compiled(kernel: Any, signature: Any, name: str) -> Callable[..., Any]:
+    """A kernel, compiled or loaded from the cache, to be called with arguments of the signature's very types."""
+    with event.install_listener("numba:compile", _CompilationLog(kernel, name)):
+        kernel.compile(signature)
+    function: Callable[..., Any] = kernel.get_overload(signature)
+    return function
 
 
 @cache
-def slice_encoder(bits: int, lanes: int, method: str, kind: int) -> Callable[..., None]:
-    """Kernel that quantizes and packs one slice; see `quantize` for its arguments."""
+def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) -> Callable[..., int]:
+    """Kernel that quantizes and packs parts; compiles it if need be.
+
+    The kernel takes:
+        values: uint64, addresses of the message's tensors.
+        parts: int64 [n, PART_FIELDS].
+        message: address of the message, written where the parts lie.
+        key: uint32 [6], `DitherKey.words`.
+        bucket_size, norm_bytes, is_l2, clip (float32 bits): of the codebook.
+        slopes, intercepts, levels, cells: of its `KernelTable`.
+
+    It returns what the written bytes add to the checksum's total (`sum_bytes`).
+
+    Args:
+        bits: code width.
+        lanes: of a full tile.
+        method: of the `KernelTable`.
+        kind: dtype of the tensors: FLOAT32, FLOAT16 or BFLOAT16.
+        is_stratified: whether the key has several strata.
+    """
     shift = fraction_bits(bits)
-    steps = 2 ** (bits - 1) - 1
-    uniform_scale = np.float32(steps << shift)
-    is_uniform, is_minimum, has_cells = method == "uniform", method == "minimum", method == "cells"
-    capacity = 2 * _MOST_CELLS + 2 if has_cells else 128
-    tile, half = ROWS * lanes, ROWS // 2 * lanes
-    halvings = (0,) * (bits - 1)
+    uniform_scale = np.float32((2 ** (bits - 1) - 1) << shift)
+    number_of_method = METHODS[method]
+    is_uniform = method == "uniform"
+    tile = ROWS * lanes
+    item_bytes = 4 if kind == FLOAT32 else 2
+    tile_bytes = item_bytes * tile
+    has_strata = int(is_stratified)
 
     @_kernel
     def encode(  # type: ignore[no-untyped-def]  # Numba infers
-        values,
-        norms,
-        codes,
-        coordinate,
-        key_first,
-        key_second,
-        bucket_size,
-        norm_bytes,
-        is_l2,
-        clip,
-        cells,
-        slope_table,
-        intercept_table,
-        level_table,
+        values, parts, message, key, bucket_size, norm_bytes, is_l2, clip, slopes, intercepts, levels, cells
     ):
         scratch = np.empty(bucket_size, dtype=np.float32)
+        tail_values = np.empty(tile, dtype=np.float32)
+        tail_codes = np.empty(bits * lanes, dtype=np.uint8)
         sums = np.empty(L2_LANES, dtype=np.float32)
-        tile_codes = carray(word32.private_bytes(), (tile,), np.uint8)
-        upper_codes = tile_codes[:half]
-        lower_codes = tile_codes[half:]
-        if is_uniform:
-            slopes = None
-            intercepts = None
-            levels = None
-        elif is_minimum:
-            slopes = to_fixed_tuple(slope_table, steps)
-            intercepts = to_fixed_tuple(intercept_table, steps)
-            levels = None
-        else:
-            slopes = word32.private_table(slope_table, capacity)
-            intercepts = word32.private_table(intercept_table, capacity)
-            table = word32.private_table(level_table, capacity)
-            levels = (table, np.float32(cells)) if has_cells else (table, halvings, np.uint32(steps - 1))
-        for number in range(norms.size // norm_bytes):
-            begin = number * bucket_size
-            given = values[begin : begin + bucket_size]
-            packed_bucket = codes[begin // ROWS * bits : (begin + bucket_size) // ROWS * bits]
-            if kind == FLOAT32:
+        scratch_address = np.uint64(scratch.ctypes.data)
+        bucket_bytes = np.int64(bucket_size // ROWS * bits)
+        total = np.uint64(0)
+        for index in range(parts.shape[0]):
+            part = parts[index]
+            tensor = values[part[SEGMENT]] + np.uint64(item_bytes * part[FIRST])
+            buckets = (part[LENGTH] + bucket_size - 1) // bucket_size
+            norms = _bytes_at(message + np.uint64(part[NORMS_BEGIN]), buckets * norm_bytes)
+            summed = part[CODES_BEGIN]
+            for number in range(buckets):
+                begin = number * bucket_size
+                length = min(bucket_size, part[LENGTH] - begin)
+                given = tensor + np.uint64(item_bytes * begin)
+                codes_begin = part[CODES_BEGIN] + number * bucket_bytes
+                codes_end = min(codes_begin + bucket_bytes, part[CODES_END])
                 bucket = given
-            else:
-                for index in range(given.size):
-                    if kind == FLOAT16:
-                        scratch[index] = _widen_half(np.uint32(given[index]))
-                    else:
-                        word = word32.shift_left(np.uint32(given[index]), np.uint32(16))
-                        scratch[index] = word32.float_from_bits(word)
-                bucket = scratch[: given.size]
-            largest = _max_magnitude(bucket)
-            norm_bits = largest
-            if norm_bits >= _INFINITY:
-                norm_bits = _NAN
-            elif clip > 0 and norm_bits > 0:
-                norm_bits = clip
-            elif is_l2 and norm_bits > 0:
-                norm_bits = _l2_norm(bucket, norm_bits, sums)
-            if norm_bytes == 2:
-                norm_bits = _round_up_to_bfloat16(norm_bits)
-            for index in range(norm_bytes):
-                position = np.uint32(8 * (index + 4 - norm_bytes))
-                norms[number * norm_bytes + index] = word32.low_byte(word32.shift_right(norm_bits, position))
-            if norm_bits == np.uint32(0) or norm_bits >= _INFINITY:
-                packed_bucket[:] = np.uint8(0)
-                continue
-            norm = word32.float_from_bits(norm_bits)
-            if clip > 0 and largest > norm_bits:
-                for index in range(bucket.size):
-                    word = word32.float_bits(bucket[index])
-                    clipped = word32.minimum(word32.bit_and(word, _MAGNITUDE), norm_bits)
-                    scratch[index] = word32.float_from_bits(word32.bit_or(clipped, word32.bit_and(word, _SIGN)))
-                bucket = scratch[: bucket.size]
-            if norm < _TINY_NORM:
-                for index in range(bucket.size):
-                    scratch[index] = np.float32(bucket[index] * _TINY_SCALE)
-                bucket = scratch[: bucket.size]
-                norm = np.float32(norm * _TINY_SCALE)
-            multiplier = np.float32((uniform_scale if is_uniform else np.float32(1.0)) / norm)
-            place = np.uint64(coordinate) + np.uint64(begin)
-            low_place = np.uint32(place & np.uint64(0xFFFFFFFF))
-            high_place = np.uint32(place >> np.uint64(32))
-            first = word32.add(key_first, word32.multiply(high_place, _HIGH_WORD))
-            tiles = bucket.size // tile
-            for tile_number in range(tiles):
-                upper = bucket[tile_number * tile : tile_number * tile + half]
-                lower = bucket[tile_number * tile + half : (tile_number + 1) * tile]
-                weyl = word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), _WEYL)
-                for index in range(half):
-                    random = _hash(word32.add(weyl, word32.multiply(np.uint32(index), _WEYL)), first, key_second)
-                    low_half = word32.bit_and(random, _LOW_HALF)
-                    high_half = word32.shift_right(random, np.uint32(16))
-                    code = _code(upper[index], low_half, multiplier, slopes, intercepts, levels, bits, shift)
-                    upper_codes[index] = word32.low_byte(code)
-                    code = _code(lower[index], high_half, multiplier, slopes, intercepts, levels, bits, shift)
-                    lower_codes[index] = word32.low_byte(code)
-                packed = packed_bucket[tile_number * bits * lanes : (tile_number + 1) * bits * lanes]
-                for lane in range(lanes):
-                    low, high = _lane_words(upper_codes, lower_codes, lane, lanes, bits)
-                    for index in range(bits):
-                        packed[index * lanes + lane] = _plane(low, high, index, bits)
-            rest = bucket.size - tiles * tile
-            tail_lanes = (rest + ROWS - 1) // ROWS
-            tail_half = ROWS // 2 * tail_lanes
-            tail = bucket[tiles * tile :]
-            upper_codes[:tail_half] = np.uint8(0)
-            lower_codes[:tail_half] = np.uint8(0)
-            weyl = word32.multiply(word32.add(low_place, np.uint32(tiles * tile)), _WEYL)
-            for index in range(min(tail_half, rest)):
-                random = _hash(word32.add(weyl, word32.multiply(np.uint32(index), _WEYL)), first, key_second)
-                low_half = word32.bit_and(random, _LOW_HALF)
-                code = _code(tail[index], low_half, multiplier, slopes, intercepts, levels, bits, shift)
-                upper_codes[index] = word32.low_byte(code)
-                if index + tail_half < rest:
-                    high_half = word32.shift_right(random, np.uint32(16))
-                    code = _code(
-                        tail[index + tail_half], high_half, multiplier, slopes, intercepts, levels, bits, shift
-                    )
-                    lower_codes[index] = word32.low_byte(code)
-            packed = packed_bucket[tiles * bits * lanes :]
-            for lane in range(tail_lanes):
-                low, high = _lane_words(upper_codes, lower_codes, lane, tail_lanes, bits)
-                for index in range(bits):
-                    packed[index * tail_lanes + lane] = _plane(low, high, index, bits)
+                if kind != FLOAT32:
+                    halves = carray(word32.half_pointer(given), (length,), np.uint16)
+                    widen_values(halves, kind, scratch)
+                    bucket = scratch_address
+                largest = _max_magnitude(bucket, length)
+                norm_bits = largest
+                if norm_bits >= _INFINITY:
+                    norm_bits = _NAN
+                elif clip > 0 and norm_bits > 0:
+                    norm_bits = clip
+                elif is_l2 and norm_bits > 0:
+                    norm_bits = _l2_norm(bucket, length, norm_bits, sums)
+                if norm_bytes == 2:
+                    norm_bits = _round_up_to_bfloat16(norm_bits)
+                for byte in range(norm_bytes):
+                    position = np.uint32(8 * (byte + 4 - norm_bytes))
+                    norms[number * norm_bytes + byte] = word32.low_byte(word32.shift_right(norm_bits, position))
+                codes = message + np.uint64(codes_begin)
+                if norm_bits == np.uint32(0) or norm_bits >= _INFINITY:
+                    _bytes_at(codes, codes_end - codes_begin)[:] = np.uint8(0)
+                else:
+                    norm = word32.float_from_bits(norm_bits)
+                    given_values = carray(word32.float_pointer(bucket), (length,), np.float32)
+                    if clip > 0 and largest > norm_bits:
+                        for place in range(length):
+                            word = word32.float_bits(given_values[place])
+                            clipped = word32.minimum(word32.bit_and(word, _MAGNITUDE), norm_bits)
+                            clipped = word32.bit_or(clipped, word32.bit_and(word, _SIGN))
+                            scratch[place] = word32.float_from_bits(clipped)
+                        bucket = scratch_address
+                        given_values = scratch[:length]
+                    if norm < _TINY_NORM:
+                        for place in range(length):
+                            scratch[place] = np.float32(given_values[place] * _TINY_SCALE)
+                        bucket = scratch_address
+                        norm = np.float32(norm * _TINY_SCALE)
+                    scale = np.float32((uniform_scale if is_uniform else np.float32(1.0)) / norm)
+                    coordinate = np.uint64(part[COORDINATE]) + np.uint64(begin)
+                    high_place = np.uint32(coordinate >> np.uint64(32))
+                    low_place = np.uint32(coordinate & np.uint64(0xFFFFFFFF))
+                    high_share = word32.multiply(high_place, _HIGH_WORD)
+                    full_tiles = length // tile
+                    rest = length - full_tiles * tile
+                    tail_lanes = (rest + ROWS - 1) // ROWS
+                    for tile_number in range(full_tiles + (1 if rest > 0 else 0)):
+                        is_tail = tile_number == full_tiles
+                        source = bucket + np.uint64(4 * tile_number * tile)
+                        target = codes + np.uint64(tile_number * bits * lanes)
+                        row_length = lanes
+                        if is_tail:
+                            rows = carray(word32.float_pointer(source), (rest,), np.float32)
+                            tail_values[:] = np.float32(0.0)
+                            for place in range(rest):
+                                row = place // tail_lanes
+                                tail_values[row * lanes + place - row * tail_lanes] = rows[place]
+                            row_length = tail_lanes
+                            source = np.uint64(tail_values.ctypes.data)
+                            target = np.uint64(tail_codes.ctypes.data)
+                        else:
+                            tiles.prefetch(given + np.uint64(tile_number * tile_bytes) + _AHEAD, tile_bytes)
+                        weyl = word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), _WEYL)
+                        row_weyl = word32.multiply(np.uint32(row_length), _WEYL)
+                        tiles.encode_tile(
+                            source,
+                            target,
+                            weyl,
+                            row_weyl,
+                            key,
+                            word32.add(key[0], high_share),
+                            word32.add(key[2], high_share),
+                            scale,
+                            slopes,
+                            intercepts,
+                            levels,
+                            cells,
+                            bits,
+                            lanes,
+                            shift,
+                            number_of_method,
+                            has_strata,
+                        )
+                        if is_tail:
+                            packed = _bytes_at(codes + np.uint64(tile_number * bits * lanes), bits * tail_lanes)
+                            for plane in range(bits):
+                                for lane in range(tail_lanes):
+                                    packed[plane * tail_lanes + lane] = tail_codes[plane * lanes + lane]
+                if (number + 1) % _CHUNK == 0:
+                    total += sum_bytes(message, summed, codes_end)
+                    summed = codes_end
+            padding = _bytes_at(message + np.uint64(part[CODES_END]), part[END] - part[CODES_END])
+            padding[:] = np.uint8(0)
+            total += sum_bytes(message, summed, part[CODES_END])
+            total += sum_bytes(message, part[NORMS_BEGIN], part[NORMS_BEGIN] + norms.size)
+        return total
 
-    return encode
-
-
-@_inline
-def _lane_codes(planes, lane, lanes, bits):  # type: ignore[no-untyped-def]  # Numba infers
-    """Codes of one lane: rows 0-3 in the low bits of the first word, rows 4-7 in those of the second."""
-    low = np.uint32(0)
-    high = np.uint32(0)
-    middle = 4 * bits
-    for index in range(bits):
-        byte = np.uint32(planes[index * lanes + lane])
-        begin = 8 * index
-        if begin < middle:
-            low = word32.bit_or(low, word32.shift_left(byte, np.uint32(begin)))
-        if begin >= middle:
-            high = word32.bit_or(high, word32.shift_left(byte, np.uint32(begin - middle)))
-        elif begin + 8 > middle:
-            high = word32.bit_or(high, word32.shift_right(byte, np.uint32(middle - begin)))
-    return low, high
+    return _compiled(encode, _ENCODE, f"encodes {bits} bits ({method})")
 
 
 @cache
-def slice_decoder(bits: int, lanes: int) -> Callable[..., None]:
-    """Kernel that decodes one slice of several messages and sums it; see `decode_mean` for its arguments."""
-    mask = np.uint32((1 << bits) - 1)
-    tile, half = ROWS * lanes, ROWS // 2 * lanes
+def decoder(bits: int, lanes: int, kind: int) -> Callable[..., None]:
+    """Kernel that decodes parts of several messages, sums them in the order given, and scales; compiles it if need be.
+
+    The kernel takes:
+        messages: uint64 [K], addresses of the messages, whose sizes and headers have been checked.
+        results: uint64, addresses of the tensors, written.
+        parts: int64 [n, PART_FIELDS].
+        scale: float32, factor of the sum.
+        bucket_size, norm_bytes: of the codebook.
+        levels: float32 [2^bits], `reference.signed_levels`.
+
+    Args:
+        bits: code width.
+        lanes: of a full tile.
+        kind: dtype of the tensors: FLOAT32, FLOAT16 or BFLOAT16.
+    """
+    tile = ROWS * lanes
+    item_bytes = 4 if kind == FLOAT32 else 2
 
     @_kernel
-    def decode(addresses, norms_begin, codes_begin, codes_bytes, out, bucket_size, norm_bytes, levels, scale):  # type: ignore[no-untyped-def]  # Numba infers
-        table = word32.private_table(levels, 256)
-        tile_codes = carray(word32.private_bytes(), (tile,), np.uint8)
-        buckets = (out.size + bucket_size - 1) // bucket_size
-        for number in range(buckets):
-            begin = number * bucket_size
-            bucket = out[begin : begin + bucket_size]
-            bucket[:] = np.float32(-0.0)  # the sum of -0 and x is x, whatever the sign of a zero x
-            is_finite = True
-            for source in range(addresses.size):
-                address = np.uint64(addresses[source])
-                norm_place = word32.address_to_pointer(address + np.uint64(norms_begin + number * norm_bytes))
-                word_bytes = carray(norm_place, (norm_bytes,), np.uint8)
-                norm_bits = np.uint32(0)
-                for index in range(norm_bytes):
-                    position = np.uint32(8 * (index + 4 - norm_bytes))
-                    norm_bits = word32.bit_or(norm_bits, word32.shift_left(np.uint32(word_bytes[index]), position))
-                if norm_bits >= _INFINITY:
-                    is_finite = False
-                    continue
-                norm = word32.float_from_bits(norm_bits)
-                codes_place = word32.address_to_pointer(address + np.uint64(codes_begin))
-                codes = carray(codes_place, (codes_bytes,), np.uint8)[begin // ROWS * bits :]
-                tiles = bucket.size // tile
-                for tile_number in range(tiles):
-                    planes = codes[tile_number * bits * lanes : (tile_number + 1) * bits * lanes]
-                    for lane in range(lanes):
-                        low, high = _lane_codes(planes, lane, lanes, bits)
-                        for row in range(ROWS // 2):
-                            position = np.uint32(row * bits)
-                            code = word32.bit_and(word32.shift_right(low, position), mask)
-                            tile_codes[row * lanes + lane] = word32.low_byte(code)
-                            code = word32.bit_and(word32.shift_right(high, position), mask)
-                            tile_codes[half + row * lanes + lane] = word32.low_byte(code)
-                    values = bucket[tile_number * tile : (tile_number + 1) * tile]
-                    for index in range(tile):
-                        level = word32.element(table, np.uint32(tile_codes[index]))
-                        values[index] = np.float32(values[index] + np.float32(norm * level))
-                rest = bucket.size - tiles * tile
-                tail_lanes = (rest + ROWS - 1) // ROWS
-                tail = bucket[tiles * tile :]
-                planes = codes[tiles * bits * lanes :]
-                for lane in range(tail_lanes):
-                    low, high = _lane_codes(planes, lane, tail_lanes, bits)
-                    for row in range(ROWS):
-                        place = row * tail_lanes + lane
-                        if place < rest:
-                            word = low if row < ROWS // 2 else high
-                            code_shift = np.uint32((row % (ROWS // 2)) * bits)
-                            code = word32.bit_and(word32.shift_right(word, code_shift), mask)
-                            level = word32.element(table, code)
-                            tail[place] = np.float32(tail[place] + np.float32(norm * level))
-            if is_finite:
-                for index in range(bucket.size):
-                    bucket[index] = np.float32(bucket[index] * scale)
+    def decode(messages, results, parts, scale, bucket_size, norm_bytes, levels):  # type: ignore[no-untyped-def]  # Numba infers
+        scratch = np.empty(bucket_size, dtype=np.float32)
+        tail_values = np.empty(tile, dtype=np.float32)
+        tail_codes = np.empty(bits * lanes, dtype=np.uint8)
+        bucket_bytes = np.int64(bucket_size // ROWS * bits)
+        for index in range(parts.shape[0]):
+            part = parts[index]
+            tensor = results[part[SEGMENT]] + np.uint64(item_bytes * part[FIRST])
+            buckets = (part[LENGTH] + bucket_size - 1) // bucket_size
+            for number in range(buckets):
+                begin = number * bucket_size
+                length = min(bucket_size, part[LENGTH] - begin)
+                bucket = np.uint64(scratch.ctypes.data)
+                if kind == FLOAT32:
+                    bucket = tensor + np.uint64(4 * begin)
+                sums = carray(word32.float_pointer(bucket), (length,), np.float32)
+                is_finite = True
+                for source in range(messages.size):
+                    word_bytes = _bytes_at(
+                        messages[source] + np.uint64(part[NORMS_BEGIN] + number * norm_bytes), norm_bytes
+                    )
+                    norm_bits = np.uint32(0)
+                    for byte in range(norm_bytes):
+                        position = np.uint32(8 * (byte + 4 - norm_bytes))
+                        norm_bits = word32.bit_or(norm_bits, word32.shift_left(np.uint32(word_bytes[byte]), position))
+                    if norm_bits >= _INFINITY:
+                        is_finite = False
+                        break
+                    norm = word32.float_from_bits(norm_bits)
+                    codes = messages[source] + np.uint64(part[CODES_BEGIN] + number * bucket_bytes)
+                    full_tiles = length // tile
+                    for tile_number in range(full_tiles):
+                        place = codes + np.uint64(tile_number * bits * lanes)
+                        target = bucket + np.uint64(4 * tile_number * tile)
+                        if source == 0:
+                            tiles.decode_tile(place, target, norm, levels, bits, lanes, 1)
+                        else:
+                            tiles.decode_tile(place, target, norm, levels, bits, lanes, 0)
+                    rest = length - full_tiles * tile
+                    if rest > 0:
+                        tail_lanes = (rest + ROWS - 1) // ROWS
+                        packed = _bytes_at(codes + np.uint64(full_tiles * bits * lanes), bits * tail_lanes)
+                        for plane in range(bits):
+                            for lane in range(tail_lanes):
+                                tail_codes[plane * lanes + lane] = packed[plane * tail_lanes + lane]
+                        target = np.uint64(tail_values.ctypes.data)
+                        tiles.decode_tile(np.uint64(tail_codes.ctypes.data), target, norm, levels, bits, lanes, 1)
+                        tail = sums[full_tiles * tile :]
+                        for place in range(rest):
+                            row = place // tail_lanes
+                            value = tail_values[row * lanes + place - row * tail_lanes]
+                            tail[place] = value if source == 0 else np.float32(tail[place] + value)
+                if is_finite:
+                    for place in range(length):
+                        sums[place] = np.float32(sums[place] * scale)
+                else:
+                    sums[:] = word32.float_from_bits(_NAN)
+                if kind != FLOAT32:
+                    halves = carray(word32.half_pointer(tensor + np.uint64(2 * begin)), (length,), np.uint16)
+                    round_values(sums, kind, halves)
+
+    return _compiled(decode, _DECODE, f"decodes {bits} bits")
+
+
+@_kernel
+def _copy_exact(values, parts, message, key, item_bytes):  # type: ignore[no-untyped-def]  # Numba infers
+    total = np.uint64(0)
+    for index in range(parts.shape[0]):
+        part = parts[index]
+        size = part[LENGTH] * item_bytes
+        source = _bytes_at(values[part[SEGMENT]] + np.uint64(item_bytes * part[FIRST]), size)
+        target = _bytes_at(message + np.uint64(part[CODES_BEGIN]), part[END] - part[CODES_BEGIN])
+        target[:size] = source
+        target[size:] = np.uint8(0)
+        total += sum_bytes(message, part[CODES_BEGIN], part[CODES_END])
+    return total
+
+
+@_inline
+def _value_at(address, kind, place):  # type: ignore[no-untyped-def]  # Numba infers
+    """A value of up to 32 bits as float32."""
+    if kind == FLOAT32:
+        return carray(word32.float_pointer(address), (place + 1,), np.float32)[place]
+    half = np.uint32(carray(word32.half_pointer(address), (place + 1,), np.uint16)[place])
+    if kind == FLOAT16:
+        return _widen_half(half)
+    return word32.float_from_bits(word32.shift_left(half, np.uint32(16)))
+
+
+@_kernel
+def _sum_exact(messages, results, parts, scale, kind):  # type: ignore[no-untyped-def]  # Numba infers
+    item_bytes = 8 if kind == FLOAT64 else (4 if kind == FLOAT32 else 2)
+    for index in range(parts.shape[0]):
+        part = parts[index]
+        length = part[LENGTH]
+        begin = np.uint64(part[CODES_BEGIN])
+        tensor = results[part[SEGMENT]] + np.uint64(item_bytes * part[FIRST])
+        if kind == FLOAT64:
+            doubles = carray(word32.double_pointer(tensor), (length,), np.float64)
+            for place in range(length):
+                wide = np.float64(-0.0)
+                for source in range(messages.size):
+                    received = carray(word32.double_pointer(messages[source] + begin), (length,), np.float64)
+                    wide += received[place]
+                doubles[place] = wide * np.float64(scale)
+            continue
+        for place in range(length):
+            total = np.float32(-0.0)  # the sum of -0 and x is x, whatever the sign of a zero x
+            for source in range(messages.size):
+                total = np.float32(total + _value_at(messages[source] + begin, kind, place))
+            total = np.float32(total * scale)
+            if kind == FLOAT32:
+                carray(word32.float_pointer(tensor), (length,), np.float32)[place] = total
             else:
-                bucket[:] = word32.float_from_bits(_NAN)
+                half = _rounded_to_half(total) if kind == FLOAT16 else _rounded_to_bfloat16(total)
+                carray(word32.half_pointer(tensor), (length,), np.uint16)[place] = np.uint16(half)
 
-    return decode
 
+@cache
+def exact_encoder() -> Callable[..., int]:
+    """Kernel that copies parts whose values travel raw.
 
-def quantize(
-    values: npt.NDArray[Any],
-    kind: int,
-    codebook: Codebook,
-    table: KernelTable,
-    coordinate: int,
-    key: DitherKey,
-    norms: npt.NDArray[np.uint8],
-    codes: npt.NDArray[np.uint8],
-) -> None:
-    """Quantize and pack one slice.
-
-    Args:
-        values: float32 [n], or uint16 [n] with the bits of float16 or bfloat16; contiguous.
-        kind: FLOAT32, FLOAT16 or BFLOAT16.
-        codebook: not exact.
-        table: `kernel_table` of it.
-        coordinate: number of the slice's first coordinate in the whole model.
-        key: random stream of the sender.
-        norms: uint8, bytes of the norm words, written.
-        codes: uint8, exactly the packed size, written.
+    It takes the first four arguments of an `encoder`'s kernel, and item_bytes: the bytes of one value.
     """
-    encoder = slice_encoder(codebook.bits, codebook.format.lanes, table.method, kind)
-    encoder(
-        values,
-        norms,
-        codes,
-        np.uint64(coordinate),
-        np.uint32(key.first),
-        np.uint32(key.second),
-        codebook.bucket_size,
-        codebook.format.norm_bytes,
-        codebook.norm == "l2",
-        np.float32(codebook.clip).view(np.uint32),
-        table.cells,
-        table.slopes,
-        table.intercepts,
-        table.levels,
-    )
+    return _compiled(_copy_exact, _COPY, "copies exact values")
 
 
-def decode_mean(
-    addresses: npt.NDArray[np.uint64],
-    norms_begin: int,
-    codes_begin: int,
-    codes_bytes: int,
-    codebook: Codebook,
-    levels: npt.NDArray[np.float32],
-    scale: np.float32,
-    out: npt.NDArray[np.float32],
-) -> None:
-    """Decode one slice of several messages, sum in the order given, and scale.
+@cache
+def exact_decoder() -> Callable[..., None]:
+    """Kernel that sums parts whose values travel raw, in float32 (float64 for float64).
 
-    Args:
-        addresses: uint64 [K], where each message starts in memory; the caller has checked sizes and headers.
-        norms_begin: first byte of the slice's norms in each message.
-        codes_begin: first byte of its codes.
-        codes_bytes: bytes of its codes.
-        codebook: not exact.
-        levels: float32 [2^bits], `reference.signed_levels`.
-        scale: factor of the sum.
-        out: float32 [n], written.
+    It takes the first four arguments of a `decoder`'s kernel, and kind: FLOAT32, FLOAT16, BFLOAT16 or FLOAT64.
     """
-    decoder = slice_decoder(codebook.bits, codebook.format.lanes)
-    decoder(
-        addresses,
-        norms_begin,
-        codes_begin,
-        codes_bytes,
-        out,
-        codebook.bucket_size,
-        codebook.format.norm_bytes,
-        levels,
-        scale,
-    )
+    return _compiled(_sum_exact, _SUM, "sums exact values")
+
+
+@cache
+def byte_summer() -> Callable[..., int]:
+    """Kernel `sum_bytes`."""
+    return _compiled(sum_bytes, types.uint64(types.uint64, types.int64, types.int64), "sums a checksum")

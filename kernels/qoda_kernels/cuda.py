@@ -105,7 +105,10 @@ _GATHERED_LARGEST, _WEIGHT_BITS, _FINITE, _SKIPPED, _SUMS = (
     _offsets(GATHERED)[name] for name in ("largest", "weight_bits", "finite", "skipped", "sums")
 )
 _GATHERED_BYTES = np.uint64(GATHERED.itemsize)
-_KEY_FIRST, _KEY_SECOND, _COUNTER = (_offsets(STEP)[name] for name in ("key_first", "key_second", "counter"))
+_KEY_FIRST, _KEY_SECOND, _COMMON_FIRST, _COMMON_SECOND, _POSITION, _STRATA, _COUNTER = (
+    _offsets(STEP)[name]
+    for name in ("key_first", "key_second", "common_first", "common_second", "position", "strata", "counter")
+)
 
 
 # --- numbers of threads, sums over a warp -----------------------------------------------------------------------------
@@ -525,6 +528,32 @@ def _add_levels(low, high, row, upper, lower, random, bits, fraction, steps):
     return low, word32.bit_or(high, word32.shift_left(lower_level, shift))
 
 
+@_device
+def _in_stratum(random, common, is_negative, position, strata, inverse):
+    """`dither.stratified` of 16 random bits and 8 common ones, on the signed axis; inverse is 1 / strata."""
+    common = word32.bit_and(common, np.uint32(0xFF))
+    moved = word32.add(word32.shift_right(word32.multiply(common, strata), np.uint32(8)), position)
+    stratum = word32.minimum(moved, word32.subtract(moved, strata))
+    place = np.float32(np.int32(word32.bit_or(word32.shift_left(stratum, np.uint32(16)), random)))
+    scaled = word32.fused_multiply_add(place, inverse, libdevice.fmul_rn(inverse, np.float32(0.5)))
+    return word32.bit_xor(word32.truncated(scaled), word32.multiply(is_negative, _LOW_HALF))
+
+
+@_device
+def _stratified(random, common, row, low, high, bits, position, strata, inverse):
+    """The random halves of rows `row` and `row + 4`, whose signs are in the words of rows 0-3 and 4-7."""
+    shift = np.uint32(8 * (row // 2))
+    sign_place = word32.subtract(word32.multiply(np.uint32(row + 1), bits), np.uint32(1))
+    sign = word32.bit_and(word32.shift_right(low, sign_place), np.uint32(1))
+    own = word32.bit_and(random, _LOW_HALF)
+    upper = _in_stratum(own, word32.shift_right(common, shift), sign, position, strata, inverse)
+    sign = word32.bit_and(word32.shift_right(high, sign_place), np.uint32(1))
+    own = word32.shift_right(random, np.uint32(16))
+    common = word32.shift_right(common, word32.add(shift, np.uint32(16)))
+    lower = _in_stratum(own, common, sign, position, strata, inverse)
+    return word32.bit_or(upper, word32.shift_left(lower, np.uint32(16)))
+
+
 # --- checksum ---------------------------------------------------------------------------------------------------------
 
 
@@ -621,7 +650,7 @@ def _store_zeros(message, offset, count):
 
 
 @_device
-def _encode_bucket(values, kind, segment, message, number, table, key_first, key_second):
+def _encode_bucket(values, kind, segment, message, number, table, key):
     """Quantize and pack one bucket; returns the lane's share of the checksum."""
     lane = _lane()
     bits = memory.load_word(segment + _BITS)
@@ -682,7 +711,10 @@ def _encode_bucket(values, kind, segment, message, number, table, key_first, key
         numerator = np.float32(np.int32(word32.shift_left(steps, fraction)))
     multiplier = libdevice.fdiv_rn(numerator, norm)
     high_place = np.uint32(place >> np.uint64(32))
+    key_first, key_second, common_first, common_second, position, strata = key
     key_first = word32.add(key_first, word32.multiply(high_place, _HIGH_WORD))
+    common_first = word32.add(common_first, word32.multiply(high_place, _HIGH_WORD))
+    inverse = libdevice.fdiv_rn(np.float32(1.0), np.float32(np.int32(strata)))
     low_place = np.uint32(place & np.uint64(0xFFFFFFFF))
 
     # With 16 lanes, each half of the warp takes every other tile. The tail is one more tile, with fewer lanes.
@@ -709,16 +741,30 @@ def _encode_bucket(values, kind, segment, message, number, table, key_first, key
             y = _positions(method, table, rounding, steps, x)
             weyl = word32.multiply(word32.add(low_place, first), _WEYL)
             row_weyl = word32.multiply(stride, _WEYL)
+            common = np.uint32(0), np.uint32(0)
+            if strata > np.uint32(1):
+                common = (
+                    _hash(weyl, common_first, common_second),
+                    _hash(word32.add(weyl, row_weyl), common_first, common_second),
+                )
             random = _hash(weyl, key_first, key_second)
+            if strata > np.uint32(1):
+                random = _stratified(random, common[0], 0, low, high, bits, position, strata, inverse)
             low, high = _add_levels(low, high, 0, y[0], y[4], random, bits, fraction, steps)
             weyl = word32.add(weyl, row_weyl)
             random = _hash(weyl, key_first, key_second)
+            if strata > np.uint32(1):
+                random = _stratified(random, common[1], 1, low, high, bits, position, strata, inverse)
             low, high = _add_levels(low, high, 1, y[1], y[5], random, bits, fraction, steps)
             weyl = word32.add(weyl, row_weyl)
             random = _hash(weyl, key_first, key_second)
+            if strata > np.uint32(1):
+                random = _stratified(random, common[0], 2, low, high, bits, position, strata, inverse)
             low, high = _add_levels(low, high, 2, y[2], y[6], random, bits, fraction, steps)
             weyl = word32.add(weyl, row_weyl)
             random = _hash(weyl, key_first, key_second)
+            if strata > np.uint32(1):
+                random = _stratified(random, common[1], 3, low, high, bits, position, strata, inverse)
             low, high = _add_levels(low, high, 3, y[3], y[7], random, bits, fraction, steps)
 
             middle = np.uint64(word32.shift_left(bits, np.uint32(2)))
@@ -743,26 +789,12 @@ def _encode_bucket(values, kind, segment, message, number, table, key_first, key
     return total + _share_of_planes(word32.add(offset, tile_lane), byte_sum, weighted_sum, words)
 
 
-def encode(plan, header, values, message, step, key_first, key_second, counter):
-    """Encode a whole message.
-
-    Args:
-        plan: address of the PLAN record.
-        header: address of the header's words, with counter and checksum 0.
-        values: address of uint64 addresses of the segments' values.
-        message: address of the message, a multiple of 16.
-        step: address of a STEP record to use instead of the next three, or 0.
-        key_first: uint32, first word of the random key.
-        key_second: uint32, the second.
-        counter: uint32, of the exchange.
-    """
+@_device
+def _encode_message(plan, header, values, message, key, counter):
+    """Encode a whole message; a key of a single stratum that is known to the compiler costs nothing."""
     table = cuda.shared.array(0, types.float32)
     sums = cuda.shared.array(_WARPS, _LONG)
     _copy_table(memory.load_long(plan + _PLAN_ROUNDING), memory.load_word(plan + _PLAN_ROUNDING_FLOATS), table)
-    if step != np.uint64(0):
-        key_first = memory.load_word(step + _KEY_FIRST)
-        key_second = memory.load_word(step + _KEY_SECOND)
-        counter = memory.load_word(step + _COUNTER)
     segments = memory.load_long(plan + _PLAN_SEGMENTS)
     segment_count = memory.load_word(plan + _PLAN_SEGMENT_COUNT)
     units = memory.load_word(plan + _PLAN_UNITS)
@@ -777,7 +809,7 @@ def encode(plan, header, values, message, step, key_first, key_second, counter):
         if memory.load_word(segment + _BITS) == _EXACT:
             total += _encode_exact(own_values, kind, segment, message, number)
         else:
-            total += _encode_bucket(own_values, kind, segment, message, number, table, key_first, key_second)
+            total += _encode_bucket(own_values, kind, segment, message, number, table, key)
         unit = word32.add(unit, _all_warps())
 
     total = _warp_sum(total)
@@ -801,6 +833,46 @@ def encode(plan, header, values, message, step, key_first, key_second, counter):
                 elif word == CHECKSUM_WORD:
                     value = _fold(total)
                 memory.store_word(message + np.uint64(4) * np.uint64(word), value)
+
+
+def encode(plan, header, values, message, step, key_first, key_second, counter):
+    """Encode a whole message with independent random numbers.
+
+    Args:
+        plan: address of the PLAN record.
+        header: address of the header's words, with counter and checksum 0.
+        values: address of uint64 addresses of the segments' values.
+        message: address of the message, a multiple of 16.
+        step: address of a STEP record to use instead of the next three, or 0.
+        key_first: uint32, first word of the random key.
+        key_second: uint32, the second.
+        counter: uint32, of the exchange.
+    """
+    if step != np.uint64(0):
+        key_first = memory.load_word(step + _KEY_FIRST)
+        key_second = memory.load_word(step + _KEY_SECOND)
+        counter = memory.load_word(step + _COUNTER)
+    key = key_first, key_second, np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(1)
+    _encode_message(plan, header, values, message, key, counter)
+
+
+def encode_stratified(
+    plan, header, values, message, step, key_first, key_second, common_first, common_second, position, strata, counter
+):
+    """Encode a whole message with random numbers that are stratified among the ranks.
+
+    It takes the arguments of `encode`, and between key_second and counter the other fields of the `DitherKey`, uint32.
+    """
+    if step != np.uint64(0):
+        key_first = memory.load_word(step + _KEY_FIRST)
+        key_second = memory.load_word(step + _KEY_SECOND)
+        common_first = memory.load_word(step + _COMMON_FIRST)
+        common_second = memory.load_word(step + _COMMON_SECOND)
+        position = memory.load_word(step + _POSITION)
+        strata = memory.load_word(step + _STRATA)
+        counter = memory.load_word(step + _COUNTER)
+    key = key_first, key_second, common_first, common_second, position, strata
+    _encode_message(plan, header, values, message, key, counter)
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------
@@ -1180,7 +1252,8 @@ def gather_statistics(plan, values, gathered, is_first):
 
 _ADDRESS, _WORD = types.uint64, types.uint32
 SIGNATURES = {
-    "encode": (encode, types.void(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _WORD, _WORD, _WORD)),
+    "encode": (encode, types.void(*[_ADDRESS] * 5, *[_WORD] * 3)),
+    "encode_stratified": (encode_stratified, types.void(*[_ADDRESS] * 5, *[_WORD] * 7)),
     "decode_mean": (
         decode_mean,
         types.void(_ADDRESS, _ADDRESS, _WORD, _ADDRESS, _ADDRESS, _WORD, types.float32, _WORD),

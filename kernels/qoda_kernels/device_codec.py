@@ -27,7 +27,6 @@ from qoda_kernels.device_tables import (
     WORKSPACE,
     PlanTables,
 )
-from qoda_kernels.dither import DitherKey
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import MessagePlan
 from qoda_kernels.statistics import HistogramStatistics
@@ -225,18 +224,19 @@ class DeviceCodec(Codec):
             self._values.put(values, self._host_tables.indices)
         message = self._new(self.plan.message_bytes, torch.uint8) if out is None else out
         self._check_message_buffer(message, PlanError)
-        key = DitherKey.derive(context.seed, context.counter, context.rank, context.phase)
+        key = context.key()
+        is_stratified = key.strata > 1
         arguments = (
             self._plan_record.data_ptr(),
             self._header(context).data_ptr(),
             self._values.address,
             message.data_ptr(),
             self._step_address(),
-            key.first,
-            key.second,
+            *(int(word) for word in (key.words if is_stratified else key.words[:2])),
             context.counter & _MASK32,
         )
-        self._runtime.launch("encode", self._blocks(0), 4 * self._host_tables.rounding.size, arguments)
+        name = "encode_stratified" if is_stratified else "encode"
+        self._runtime.launch(name, self._blocks(0), 4 * self._host_tables.rounding.size, arguments)
         return message
 
     def decode_mean(
@@ -327,8 +327,7 @@ class DeviceCodec(Codec):
 
     def stage(self, context: MessageContext) -> None:
         """Give the context's key and counter to the calls of a CUDA graph that will be replayed next."""
-        key = DitherKey.derive(context.seed, context.counter, context.rank, context.phase)
-        step = np.array([(key.first, key.second, context.counter & _MASK32, 0)], dtype=STEP)
+        step = np.array([(*context.key().words, context.counter & _MASK32, 0)], dtype=STEP)
         self._runtime.upload(step, self._step)
 
     def _describe_plan(self, totals: int) -> npt.NDArray[np.void]:

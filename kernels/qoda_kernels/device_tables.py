@@ -75,7 +75,18 @@ STATUS = np.dtype(
     ]
 )
 # What differs from one exchange to the next, for launches that are replayed from a CUDA graph.
-STEP = np.dtype([("key_first", "<u4"), ("key_second", "<u4"), ("counter", "<u4"), ("unused", "<u4")])
+STEP = np.dtype(
+    [
+        ("key_first", "<u4"),  # this and the next five: `DitherKey.words`
+        ("key_second", "<u4"),
+        ("common_first", "<u4"),
+        ("common_second", "<u4"),
+        ("position", "<u4"),
+        ("strata", "<u4"),
+        ("counter", "<u4"),
+        ("unused", "<u4"),
+    ]
+)
 
 COUNTER_WORD, CHECKSUM_WORD = 5, 7  # of a header, see `wire.py`
 

@@ -19,3 +19,7 @@ class WireError(QodaError, ValueError):
 
 class RegistryError(QodaError, ValueError):
     """A registry of codebooks that cannot be built, updated or restored."""
+
+
+class ThreadCountError(QodaError, ValueError):
+    """A number of threads with which nothing can run."""

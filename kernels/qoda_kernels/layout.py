@@ -71,22 +71,22 @@ class Segment:
     format: CodebookFormat
     begin: int
 
-    @property
+    @cached_property
     def buckets(self) -> int:
         """Number of norms."""
         return -(-self.slice.length // self.format.bucket_size)
 
-    @property
+    @cached_property
     def norms_bytes(self) -> int:
         """Bytes of the norm words; 0 when exact."""
         return 0 if self.format.is_exact else self.buckets * self.format.norm_bytes
 
-    @property
+    @cached_property
     def codes_begin(self) -> int:
         """First byte of the codes (or raw values), counted from the message's start."""
         return self.begin + self.norms_bytes
 
-    @property
+    @cached_property
     def codes_bytes(self) -> int:
         """Bytes of the codes, or of the raw values when exact."""
         if self.format.is_exact:
@@ -94,7 +94,7 @@ class Segment:
         tiles, tail = divmod(self.slice.length, ROWS * self.format.lanes)
         return self.format.bits * (tiles * self.format.lanes + -(-tail // ROWS))
 
-    @property
+    @cached_property
     def end(self) -> int:
         """First byte behind the segment, padding included."""
         used = self.codes_begin + self.codes_bytes
@@ -140,12 +140,12 @@ class MessagePlan:
             raise PlanError(f"a message of {position} bytes is too large (2 GiB at most); use smaller fusion buffers")
         return cls(tuple(segments))
 
-    @property
+    @cached_property
     def message_bytes(self) -> int:
         """Size of the message, header and padding included."""
         return self.segments[-1].end if self.segments else HEADER_BYTES
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         """Size of the message behind its header."""
         return self.message_bytes - HEADER_BYTES

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qoda_kernels.codebook import ROWS, Codebook
-from qoda_kernels.dither import DitherKey, hash32
+from qoda_kernels.dither import DitherKey, hash32, stratified
 
 Float32Array = npt.NDArray[np.float32]
 UInt32Array = npt.NDArray[np.uint32]
@@ -167,7 +167,9 @@ def tile_shape(length: int, lanes: int) -> list[tuple[int, int, int]]:
 
 
 def dither(length: int, lanes: int, coordinate: int, key: DitherKey) -> UInt32Array:
-    """16 random bits for each coordinate of one bucket (the pairing of rows is `dither.py`'s).
+    """16 random bits for each coordinate of one bucket; with strata, for the signed axis.
+
+    `dither.py` says which rows share a hash.
 
     Args:
         length: coordinates of the bucket.
@@ -181,6 +183,11 @@ def dither(length: int, lanes: int, coordinate: int, key: DitherKey) -> UInt32Ar
         upper = np.arange(low + first, low + first + ROWS // 2 * tile_lanes, dtype=np.uint64).astype(np.uint32)
         words = hash32(upper, high, key)
         both = np.concatenate([words & np.uint32(0xFFFF), words >> np.uint32(16)])
+        if key.strata > 1:
+            common_key = DitherKey(key.common_first, key.common_second)
+            common = hash32(upper[: 2 * tile_lanes], high, common_key)
+            in_bytes = [common >> np.uint32(8 * number) & np.uint32(0xFF) for number in range(ROWS // 2)]
+            both = stratified(both, np.concatenate(in_bytes), key)
         random[first : first + size] = both[:size]
     return random
 
@@ -215,9 +222,11 @@ def quantize(
         if codebook.clip:
             bucket = np.clip(bucket, -norm, norm)
         position = fixed_point(bucket, norm, table, codebook.bits)
-        random = dither(bucket.size, codebook.format.lanes, coordinate + part.start, key) >> np.uint32(16 - shift)
-        level = np.minimum((position + random.astype(np.int32)) >> shift, top)
+        random = dither(bucket.size, codebook.format.lanes, coordinate + part.start, key)
         sign = bucket.view(np.uint32) >> np.uint32(31)
+        if key.strata > 1:
+            random = np.where(sign == 1, np.uint32(0xFFFF) - random, random)
+        level = np.minimum((position + (random >> np.uint32(16 - shift)).astype(np.int32)) >> shift, top)
         codes[part] = level.astype(np.uint32) | sign << np.uint32(codebook.bits - 1)
     return norms, codes
 

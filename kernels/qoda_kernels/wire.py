@@ -19,6 +19,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
+from qoda_kernels.dither import DitherKey
 from qoda_kernels.errors import WireError
 from qoda_kernels.layout import HEADER_BYTES
 
@@ -42,6 +43,8 @@ class MessageContext:
         registry_version: version of the codebooks.
         source: index of the sender among those whose messages are summed together.
         destination: index of the share in a reduce-scatter; 0 otherwise.
+        strata: number of ranks among which the random numbers of the rounding are stratified; 1 for independent ones.
+            Matters to the sender only (`dither.py`).
     """
 
     seed: int
@@ -51,6 +54,11 @@ class MessageContext:
     registry_version: int
     source: int
     destination: int
+    strata: int = 1
+
+    def key(self) -> DitherKey:
+        """The sender's random key."""
+        return DitherKey.derive(self.seed, self.counter, self.rank, self.phase, self.strata)
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,8 @@ class Header:
             payload_bytes: size of the payload.
             checksum: of the payload.
         """
-        identity = struct.pack("<8sIII", plan_digest, context.phase, context.source, context.destination)
         return cls(
-            hashlib.blake2b(identity, digest_size=8).digest(),
+            message_digest(plan_digest, context),
             context.registry_version & _MASK32,
             context.counter & _MASK32,
             payload_bytes,
@@ -84,14 +91,29 @@ class Header:
 
     def pack(self) -> bytes:
         """The 32 bytes of the header."""
-        return _HEADER.pack(
-            MAGIC, WIRE_VERSION, 0, self.digest, self.registry_version, self.counter, self.payload_bytes, self.checksum
-        )
+        return pack_header(self.digest, self.registry_version, self.counter, self.payload_bytes, self.checksum)
 
 
-def fold_checksum(word_sum: int, weighted_sum: int) -> int:
-    """Checksum from the payload's two sums modulo 2^64."""
-    total = (word_sum + CHECKSUM_MULTIPLIER * weighted_sum) & (2**64 - 1)
+def message_digest(plan_digest: bytes, context: MessageContext) -> bytes:
+    """The header's digest of a message.
+
+    Args:
+        plan_digest: digest of the message plan and its codebooks.
+        context: which message it is.
+    """
+    identity = struct.pack("<8sIII", plan_digest, context.phase, context.source, context.destination)
+    return hashlib.blake2b(identity, digest_size=8).digest()
+
+
+def pack_header(digest: bytes, registry_version: int, counter: int, payload_bytes: int, checksum: int) -> bytes:
+    """The 32 bytes of a header; the arguments are `Header`'s fields, not yet modulo 2^32."""
+    numbers = registry_version & _MASK32, counter & _MASK32, payload_bytes, checksum
+    return _HEADER.pack(MAGIC, WIRE_VERSION, 0, digest, *numbers)
+
+
+def fold_checksum(total: int) -> int:
+    """Checksum from the payload's total A + CHECKSUM_MULTIPLIER B, of which only the low 64 bits count."""
+    total &= 2**64 - 1
     return (total ^ (total >> 32)) & _MASK32
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from qoda_kernels.errors import ThreadCountError
+
 Range = TypeVar("Range")
 
 
@@ -41,9 +43,12 @@ class WorkerThreads:
 
         Args:
             count: at least 1; with 1 everything runs in the calling thread.
+
+        Raises:
+            ThreadCountError: for fewer.
         """
         if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
+            raise ThreadCountError(f"a codec needs at least 1 thread, the calling one; got {count}")
         self.count = count
         self._executor: ThreadPoolExecutor | None = None
         self._process = 0

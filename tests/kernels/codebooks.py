@@ -22,8 +22,10 @@ def codebook_for(method: str, bits: int, **fields: object) -> Codebook:
     """Codebook that the kernels round by a given method ("uniform", "minimum", "cells" or "search")."""
     if method == "uniform":
         return Codebook.uniform(bits, **fields)
-    if method == "search":
-        return Codebook.exponential(bits, **fields)
+    if method == "search":  # two levels closer to each other than any grid of cells
+        levels = list(power_codebook(bits, 0.7).levels)
+        levels[-2] = levels[-3] * (1 + 2.0**-14)
+        return Codebook(bits, tuple(levels), **fields)
     return power_codebook(bits, 1.5 if method == "minimum" else 0.7, **fields)
 
 

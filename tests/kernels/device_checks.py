@@ -72,12 +72,13 @@ def check_against_codec(
     coordinate: int = 0,
     seed: int = 1,
     scale: float | None = None,
+    strata: int = 1,
 ) -> None:
     """Messages and means have the bits of `Codec`, twice in a row; no byte of a message is left as it was."""
     plan = plan_of(parts, codebooks, coordinate)
     twin, codec = ReferenceCodec(plan, codebooks), device.codec(plan, codebooks)
     for counter in (3, 2**32 + 1):
-        contexts = [context(rank, counter=counter) for rank in range(senders)]
+        contexts = [context(rank, counter=counter, strata=strata) for rank in range(senders)]
         messages = []
         for rank, where in enumerate(contexts):
             values = gradients_of(parts, seed + 10 * rank, codebooks)
@@ -117,6 +118,16 @@ def check_clipping(device: Device, bits: int, method: str) -> None:
         codebooks[str(index)] = codebook_for(method, bits, bucket_size=512, norm_format=norm_format, clip=clip)
         parts += [(str(index), length, (torch.float32, torch.bfloat16)[index % 2]) for length in (1, 1543)]
     check_against_codec(device, parts, codebooks, senders=2)
+
+
+def check_stratified(device: Device, bits: int, method: str, strata: int) -> None:
+    """Random numbers that are stratified among the ranks, in both tile widths and tails, beyond 2^32 coordinates."""
+    codebooks = {
+        "wide": codebook_for(method, bits, bucket_size=512),
+        "narrow": codebook_for(method, bits, bucket_size=128, norm="l2", norm_format="bf16"),
+    }
+    parts = [(key, length, dtype) for key in codebooks for length, dtype in ((1543, DTYPES[0]), (300, DTYPES[2]))]
+    check_against_codec(device, parts, codebooks, coordinate=2**32 - 1000, senders=2, strata=strata)
 
 
 def check_exact_segments(device: Device) -> None:

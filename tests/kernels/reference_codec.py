@@ -8,9 +8,8 @@ import torch
 from qoda_kernels import reference
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
-from qoda_kernels.dither import DitherKey
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan
-from qoda_kernels.wire import Header, MessageContext, fold_checksum
+from qoda_kernels.wire import CHECKSUM_MULTIPLIER, Header, MessageContext, fold_checksum
 
 
 class ReferenceCodec:
@@ -23,7 +22,7 @@ class ReferenceCodec:
 
     def encode(self, values: Sequence[torch.Tensor], context: MessageContext) -> torch.Tensor:
         """One message."""
-        key = DitherKey.derive(context.seed, context.counter, context.rank, context.phase)
+        key = context.key()
         data = np.zeros(self.plan.message_bytes, dtype=np.uint8)
         for segment, tensor in zip(self.plan.segments, values, strict=True):
             codes = data[segment.codes_begin : segment.codes_begin + segment.codes_bytes]
@@ -37,7 +36,7 @@ class ReferenceCodec:
             codes[:] = reference.pack(words, codebook.bits, codebook.format.lanes)
         payload = data[HEADER_BYTES:].view("<u4").astype(object)
         word_sum, weighted_sum = int(payload.sum()), int((payload * np.arange(1, payload.size + 1)).sum())
-        checksum = fold_checksum(word_sum % 2**64, weighted_sum % 2**64)
+        checksum = fold_checksum(word_sum + CHECKSUM_MULTIPLIER * weighted_sum)
         header = Header.expected(self._digest, context, self.plan.payload_bytes, checksum)
         data[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
         return torch.from_numpy(data)

@@ -22,7 +22,7 @@ PARTS = [
     ("output", 0, torch.float32),
     ("bias", 5, torch.bfloat16),
     ("bias", 3, torch.float64),
-    ("convolution", 70_000, torch.float16),
+    ("convolution", 700_000, torch.float16),
 ]
 
 

@@ -24,7 +24,8 @@ from tests.kernels.ptx_device import Capability, PtxDevice, compile_ptx, kernels
 from tests.kernels.ptx_machine import Machine, Memory, Program, PtxError
 
 CAPABILITIES: tuple[Capability, ...] = ((8, 0), (9, 0))
-REGISTERS = {("encode", (8, 0)): 72}  # 64 otherwise: four blocks a multiprocessor
+# 64 otherwise: four blocks a multiprocessor, else three.
+REGISTERS = {("encode", (8, 0)): 72, ("encode_stratified", (8, 0)): 80, ("encode_stratified", (9, 0)): 72}
 VARIANTS = [(bits, method) for bits in range(2, 9) for method in methods_of(bits)]
 
 
@@ -50,14 +51,18 @@ def test_assembles_without_spills_and_within_the_register_ceiling(
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", list(kernels.SIGNATURES))
 def test_ptx_holds_no_contracted_sum_and_no_call(name: str, capability: Capability) -> None:
-    """Fused are the lines of codebooks only; sums and products say how they round; nothing is flushed to zero."""
+    """Fused are lines of codebooks and divisions by the number of strata only.
+
+    Other sums and products say how they round; nothing is flushed to zero.
+    """
     text = compile_ptx(name, capability)
     parsed = Program.parse(text)
-    lines = 0 if name != "encode" else parsed.count(r"fma\.rn\.f32$")
+    encodes = name.startswith("encode")
+    lines = parsed.count(r"fma\.rn\.f32$") if encodes else 0
     assert parsed.count(r"(fma|mad)\.\w+\.f(32|64)") == lines
-    assert (name == "encode") == (lines > 0)
+    assert encodes == (lines > 0)
     assert lines % 8 == 0  # eight coordinates a line
-    assert name != "encode" or parsed.count(r".*\.f64") == 0  # float64 is for exact slices and statistics
+    assert not encodes or parsed.count(r".*\.f64") == 0  # float64 is for exact slices and statistics
     assert parsed.count(r"(add|mul|sub|div|sqrt)\.f(32|64)") == 0
     assert parsed.count(r".*\.(ftz|approx)") == 0
     assert parsed.count(r"call|ld\.local|st\.local|.*\.local\.") == 0
@@ -72,6 +77,13 @@ def test_every_variant_equals_the_cpu(bits: int, method: str) -> None:
 @pytest.mark.parametrize(("bits", "method"), [(3, "minimum"), (4, "uniform"), (6, "search")])
 def test_codebooks_that_clip_equal_the_cpu(bits: int, method: str) -> None:
     checks.check_clipping(PtxDevice(1), bits, method)
+
+
+@pytest.mark.parametrize(("bits", "method", "strata"), [(4, "uniform", 4), (5, "minimum", 3), (8, "cells", 64)])
+def test_stratified_random_numbers_equal_the_cpu(bits: int, method: str, strata: int) -> None:
+    device = PtxDevice(1)
+    checks.check_stratified(device, bits, method, strata)
+    assert device.runtime.launches.count("encode_stratified") == 4
 
 
 def test_exact_segments_equal_the_cpu() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qoda_kernels import reference
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
-from qoda_kernels.cpu import kernel_table, round_to_bfloat16
+from qoda_kernels.cpu import BFLOAT16, FLOAT16, kernel_table, round_values, widen_values
 from qoda_kernels.dither import DitherKey
 from tests.kernels.codebooks import DTYPES, codebook_for, context, methods_of, single_slice_plan
 
@@ -36,16 +36,18 @@ def gradient(length: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32)).to(dtype)
 
 
-def check_against_reference(length: int, codebook: Codebook, dtype: torch.dtype, coordinate: int, seed: int) -> None:
+def check_against_reference(
+    length: int, codebook: Codebook, dtype: torch.dtype, coordinate: int, seed: int, strata: int = 1
+) -> None:
     plan = single_slice_plan(length, codebook, dtype, start=coordinate % 97, offset=coordinate)
     codec = Codec(plan, {"other": codebook})
     segment = plan.segments[0]
-    contexts = [context(rank) for rank in range(3)]
+    contexts = [context(rank, strata=strata) for rank in range(3)]
     tensors = [gradient(length, dtype, seed + rank) for rank in range(3)]
     messages = [codec.encode([tensor], where) for tensor, where in zip(tensors, contexts, strict=True)]
     expected = []
     for tensor, message, where in zip(tensors, messages, contexts, strict=True):
-        key = DitherKey.derive(where.seed, where.counter, where.rank, where.phase)
+        key = where.key()
         norms, codes = reference.quantize(tensor.float().numpy(), codebook, segment.slice.coordinate, key)
         data = message.numpy()
         norm_words = norms.astype("<u4" if codebook.norm_format == "fp32" else "<u2").view(np.uint8)
@@ -98,6 +100,25 @@ def test_clipping_sends_the_last_level_and_signals_what_is_not_finite() -> None:
     norms = message[segment.begin : segment.codes_begin].view(torch.float32)
     assert norms[0] == 0.5
     assert norms[3] == 0.0
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_exponential_levels_are_found_by_their_exponents(bits: int) -> None:
+    codebook = Codebook.exponential(bits)
+    table = kernel_table(reference.rounding_table(codebook))
+    assert table.method == ("minimum" if bits <= 5 else "cells")
+    assert table.levels.size <= 2**bits
+    check_against_reference(5000, codebook, torch.float32, coordinate=3, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "method", "dtype", "narrow"),
+    [(4, "uniform", torch.float32, False), (5, "minimum", torch.bfloat16, True), (8, "cells", torch.float16, False)],
+)
+def test_stratified_random_numbers(bits: int, method: str, dtype: torch.dtype, narrow: bool) -> None:
+    codebook = codebook_for(method, bits, bucket_size=128 if narrow else 512)
+    for index, strata in enumerate((2, 3, 4, 7, 63, 64, 1000)):
+        check_against_reference(1600 + 7 * index, codebook, dtype, 2**32 - 700 * (index % 3), index, strata)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -170,9 +191,33 @@ def test_rounding_to_bfloat16_is_torchs_with_one_nan() -> None:
     words[:6] = [0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF, 0x80000000]
     values = words.view(np.float32)
     found = np.empty(values.size, dtype=np.uint16)
-    round_to_bfloat16(values, found)
+    round_values(values, BFLOAT16, found)
     np.testing.assert_array_equal(found, reference.bfloat16_bits(values))
     is_nan = np.isnan(values)
     assert set(found[is_nan]) == {0x7FC0}
     wanted = torch.from_numpy(values[~is_nan]).to(torch.bfloat16).view(torch.uint16).numpy()
     np.testing.assert_array_equal(found[~is_nan], wanted)
+
+
+def test_float16_is_widened_and_rounded_as_numpy_does() -> None:
+    """Every float16, and float32 numbers around every midpoint of two of them; one NaN."""
+    every = np.arange(2**16, dtype=np.uint16)
+    wide = np.empty(every.size, dtype=np.float32)
+    widen_values(every, FLOAT16, wide)
+    is_nan = np.isnan(every.view(np.float16))
+    np.testing.assert_array_equal(np.isnan(wide), is_nan)
+    wanted = every.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(wide[~is_nan].view(np.uint32), wanted[~is_nan].view(np.uint32))
+
+    finite = np.sort(wanted[np.isfinite(wanted)])
+    middle = (finite[:-1].astype(np.float64) + finite[1:]).astype(np.float32) / np.float32(2)
+    values = np.concatenate([middle, np.nextafter(middle, np.float32(9e9)), np.nextafter(middle, np.float32(-9e9))])
+    extremes = np.array([65519.996, 65520, 65536, 1e30, -1e30, np.inf, -np.inf, 1e-30, -0.0], dtype=np.float32)
+    values = np.concatenate([finite, values, extremes])
+    found = np.empty(values.size, dtype=np.uint16)
+    round_values(values, FLOAT16, found)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(found, values.astype(np.float16).view(np.uint16))
+    found = np.empty(1, dtype=np.uint16)
+    round_values(np.array([-np.nan], dtype=np.float32), FLOAT16, found)
+    assert found[0] == 0x7E00

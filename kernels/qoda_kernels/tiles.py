@@ -1,0 +1,343 @@
+"""What the CPU kernels do with one tile, or one run of floats, as explicit vector code (`vectors.py`).
+
+A tile is ROWS rows of W lanes, one vector of W elements a row. All arguments called addresses are integers; the caller
+has made sure that what lies there is large enough. `reference.py` defines every result.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import Signature
+from numba.extending import intrinsic
+
+from qoda_kernels.codebook import ROWS
+from qoda_kernels.dither import FIRST_MULTIPLIER, SECOND_MULTIPLIER, WEYL_MULTIPLIER
+from qoda_kernels.vectors import Floats, Words, look_up
+
+UNIFORM, MINIMUM, CELLS, SEARCH = range(4)  # how a position is found; see `cpu.KernelTable`
+GROUP = 32  # floats that `largest_magnitude` and `add_squares` take at a time
+
+_BYTE, _WORD, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_ROUNDING_CONSTANT = 1.5 * 2.0**23  # x + it has the ulp 1, so its low bits are rint(x)
+_ROUNDING_BITS = 0x4B400000
+_CACHE_LINE = 64
+_SUMMED_LANES = 16
+_WIDTH = 16  # lanes that are worked on at a time: all 8 rows then fit into the registers of AVX-512
+
+Generator = Callable[[Any, Any, Any, Any], Any]
+
+
+def _moved(builder: Any, address: Any, count: int) -> Any:
+    """An address so many bytes further on."""
+    return builder.add(address, ir.Constant(address.type, count))
+
+
+def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """Pointer to the first element of an array."""
+    return context.make_array(kind)(context, builder, array).data
+
+
+def _scalar(builder: Any, table: Any, index: int) -> Any:
+    return builder.load(builder.gep(table, [ir.Constant(_LONG, index)]))
+
+
+@intrinsic(prefer_literal=True)
+def prefetch(context: Any, address: Any, count: Any) -> tuple[Signature, Callable[..., Any]]:
+    """Ask for the cache lines of so many bytes (a literal number), which may lie outside of all arrays."""
+    size = count.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = ir.PointerType(_BYTE)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, _WORD, _WORD, _WORD])
+        )
+        read, keep, data = (ir.Constant(_WORD, number) for number in (0, 3, 1))
+        for line in range(0, size, _CACHE_LINE):
+            place = builder.inttoptr(_moved(builder, arguments[0], line), pointer)
+            builder.call(function, [place, read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, count), generate
+
+
+@intrinsic
+def largest_magnitude(context: Any, address: Any, groups: Any) -> tuple[Signature, Callable[..., Any]]:
+    """Bits of the largest magnitude of GROUP * groups float32; NaN and infinity compare as the largest."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        begin, groups = arguments
+        zero = Words.multiples(builder, 0, GROUP)
+        largest = cgutils.alloca_once_value(builder, zero.value)
+        with cgutils.for_range(builder, groups) as loop:
+            place = builder.add(begin, builder.mul(loop.index, ir.Constant(_LONG, 4 * GROUP)))
+            magnitudes = Words.load(builder, place, GROUP) & 0x7FFFFFFF
+            builder.store(magnitudes.maximum(Words(builder, builder.load(largest))).value, largest)
+        return Words(builder, builder.load(largest)).largest()
+
+    return types.uint32(types.uint64, types.int64), generate
+
+
+@intrinsic
+def add_squares(
+    context: Any, address: Any, groups: Any, scale: Any, lanes: Any
+) -> tuple[Signature, Callable[..., Any]]:
+    """Add the squares of GROUP * groups float32, each times a scale, to the array of GROUP lanes, group by group."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        begin, groups, scale, lanes = arguments
+        scales = Floats.filled(builder, scale, GROUP)
+        target = builder.ptrtoint(_data(context, builder, signature.args[3], lanes), _LONG)
+        total = cgutils.alloca_once_value(builder, Floats.load(builder, target, GROUP).value)
+        with cgutils.for_range(builder, groups) as loop:
+            place = builder.add(begin, builder.mul(loop.index, ir.Constant(_LONG, 4 * GROUP)))
+            scaled = Floats.load(builder, place, GROUP) * scales
+            builder.store((Floats(builder, builder.load(total)) + scaled * scaled).value, total)
+        Floats(builder, builder.load(total)).store(target)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.int64, types.float32, lanes), generate
+
+
+@intrinsic
+def sum_words(
+    context: Any, address: Any, steps: Any, first: Any, multiplier: Any
+) -> tuple[Signature, Callable[..., Any]]:
+    """Sum of w_i + multiplier (first + i) w_i over 16 * steps uint32 w_0, w_1, ..., modulo 2^64.
+
+    The sums of the first 1, 2, ..., n vectors add up to n, n-1, ..., 1 times each vector: no products in the loop.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        begin, steps, first, multiplier = arguments
+        zero = ir.Constant(ir.VectorType(_LONG, _SUMMED_LANES), [0] * _SUMMED_LANES)
+        total, descending = (cgutils.alloca_once_value(builder, zero) for _ in range(2))
+        with cgutils.for_range(builder, steps) as loop:
+            place = builder.add(begin, builder.mul(loop.index, ir.Constant(_LONG, 4 * _SUMMED_LANES)))
+            words = Words.load(builder, place, _SUMMED_LANES).longs()
+            builder.store(builder.add(builder.load(total), words), total)
+            builder.store(builder.add(builder.load(descending), builder.load(total)), descending)
+        result = ir.Constant(_LONG, 0)
+        total, descending = builder.load(total), builder.load(descending)
+        for lane in range(_SUMMED_LANES):
+            place = ir.Constant(_WORD, lane)
+            own, falling = builder.extract_element(total, place), builder.extract_element(descending, place)
+            rising = builder.sub(builder.mul(steps, own), falling)
+            weighted = builder.add(
+                builder.mul(ir.Constant(_LONG, _SUMMED_LANES), rising),
+                builder.mul(builder.add(first, ir.Constant(_LONG, lane)), own),
+            )
+            result = builder.add(result, builder.add(own, builder.mul(multiplier, weighted)))
+        return result
+
+    return types.uint64(types.uint64, types.int64, types.uint64, types.uint64), generate
+
+
+def _hash(word: Words, first: Words, second: Words) -> Words:
+    """`dither.hash32` of coordinates, given their numbers times the Weyl multiplier."""
+    word = word ^ first
+    word = word ^ (word >> 15)
+    word = (word * FIRST_MULTIPLIER) ^ second
+    word = word ^ (word >> 15)
+    word = word * SECOND_MULTIPLIER
+    return word ^ (word >> 15)
+
+
+class _Strata:
+    """`dither.stratified` for the rows of a tile; one word has the common bits of rows r, r + 2, r + 4, r + 6."""
+
+    def __init__(self, builder: Any, key: Any, first: Any, weyl: Words, row_weyl: Words) -> None:
+        words = [first, *(_scalar(builder, key, index) for index in (3, 4, 5))]
+        first, second, self._position, self._count = (Words.filled(builder, word, weyl.count) for word in words)
+        self._words = _hash(weyl, first, second), _hash(weyl + row_weyl, first, second)
+        count = builder.sitofp(_scalar(builder, key, 5), _FLOAT)
+        inverse = builder.fdiv(ir.Constant(_FLOAT, 1.0), count)
+        self._inverse = Floats.filled(builder, inverse, weyl.count)
+        self._half = Floats.filled(builder, builder.fmul(inverse, ir.Constant(_FLOAT, 0.5)), weyl.count)
+
+    def dither(self, random: Words, row: int, values: Words) -> Words:
+        """16 random bits of a row's coordinates from independent ones and the values' bits."""
+        byte = (self._words[row % 2] >> (8 * (row // 2))) & 0xFF
+        moved = ((byte * self._count) >> 8) + self._position
+        stratum = moved.minimum(moved - self._count)
+        scaled = ((stratum << 16) | random).to_floats().fused(self._inverse, self._half)
+        return scaled.truncated() ^ (values.sign_mask() & 0xFFFF)
+
+
+class _Rounding:
+    """The positions of magnitudes on the scale of level indices, times 2^F (`reference.fixed_point`)."""
+
+    def __init__(self, builder: Any, method: int, bits: int, tables: Any, cells: Any) -> None:
+        self._builder, self._method, self._bits = builder, method, bits
+        self._slopes, self._intercepts, self._levels = tables
+        self._cells = cells
+
+    def positions(self, scaled: list[Floats]) -> list[Floats]:
+        if self._method == UNIFORM:
+            return scaled
+        return self._least_lines(scaled) if self._method == MINIMUM else [self._on_own_line(x) for x in scaled]
+
+    def _least_lines(self, scaled: list[Floats]) -> list[Floats]:
+        # Line by line for all rows: else the compiler keeps every line in a register, and has none left.
+        least: list[Floats] = []
+        for line in range(2 ** (self._bits - 1) - 1):
+            slope, intercept = (
+                Floats.filled(self._builder, _scalar(self._builder, table, line), scaled[0].count)
+                for table in (self._slopes, self._intercepts)
+            )
+            values = [slope.fused(x, intercept) for x in scaled]
+            least = [value.minimum(best) for value, best in zip(values, least, strict=True)] if least else values
+        return least
+
+    def _on_own_line(self, x: Floats) -> Floats:
+        line = self._line_of_cell(x) if self._method == CELLS else self._line_by_bisection(x)
+        return look_up(self._slopes, line).fused(x, look_up(self._intercepts, line))
+
+    def _line_of_cell(self, x: Floats) -> Words:
+        lowest, shift = (Words.filled(self._builder, _scalar(self._builder, self._cells, n), x.count) for n in (0, 1))
+        cell = (x.as_words().maximum(lowest) - lowest).shifted_right(shift)
+        return (cell << 1) | x.at_least(look_up(self._levels, cell))
+
+    def _line_by_bisection(self, x: Floats) -> Words:
+        index = Words.multiples(self._builder, 0, x.count)
+        for bit in reversed(range(self._bits - 1)):
+            is_above = x.at_least(look_up(self._levels, index | (1 << bit)))
+            index = index | (is_above << bit)
+        return index.minimum(2 ** (self._bits - 1) - 2)
+
+
+def _codes(values: Words, position: Floats, random: Words, bits: int, shift: int) -> Words:
+    """Code words of coordinates, given their positions and 16 random bits for each."""
+    fixed = (position + _ROUNDING_CONSTANT).as_words()
+    dithered = ((fixed + (random >> (16 - shift))) >> shift) - (_ROUNDING_BITS >> shift)
+    top = (1 << (bits - 1)) - 1
+    return dithered.minimum(top) | ((values >> (32 - bits)) & (top + 1))
+
+
+def _plane(low: Words, high: Words, index: int, bits: int) -> Words:
+    """Byte `index` (in the low byte) of each lane's integer; `low` has the codes of rows 0-3, `high` of rows 4-7."""
+    begin, middle = 8 * index, 4 * bits
+    if begin + 8 <= middle:
+        return low >> begin
+    if begin >= middle:
+        return high >> (begin - middle)
+    return (low >> begin) | (high << (middle - begin))
+
+
+@intrinsic(prefer_literal=True)
+def encode_tile(
+    context: Any,
+    source: Any,
+    target: Any,
+    weyl: Any,
+    row_weyl: Any,
+    key: Any,
+    first: Any,
+    common_first: Any,
+    scale: Any,
+    slopes: Any,
+    intercepts: Any,
+    levels: Any,
+    cells: Any,
+    bits: Any,
+    lanes: Any,
+    shift: Any,
+    method: Any,
+    is_stratified: Any,
+) -> tuple[Signature, Callable[..., Any]]:
+    """Quantize and pack one tile.
+
+    Arguments of the compiled function:
+        source: address of float32 [ROWS, lanes].
+        target: address of uint8 [bits, lanes], written.
+        weyl: uint32, number of the first coordinate in the whole model times the Weyl multiplier.
+        row_weyl: uint32, likewise of the distance of two rows.
+        key: uint32 [6], `DitherKey.words`.
+        first: uint32, the first of them plus the share of the number's high word.
+        common_first: uint32, likewise the third of them.
+        scale: float32, what makes magnitudes positions ("uniform") or normalised.
+        slopes: float32, of the `KernelTable`; so are intercepts, levels and cells.
+        bits: literal; so are lanes, shift (the fraction bits), method and is_stratified (0 or 1).
+    """
+    words = types.uint32
+    literals = [kind.literal_value for kind in (bits, lanes, shift, method, is_stratified)]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits, lanes, shift, method, is_stratified = literals
+        source, target, weyl, row_weyl, _, first, common_first, scale = arguments[:8]
+        arrays = [_data(context, builder, signature.args[n], arguments[n]) for n in (4, 8, 9, 10, 11)]
+        key, tables, cells = arrays[0], arrays[1:4], arrays[4]
+        width = _WIDTH
+        rounding = _Rounding(builder, method, bits, tables, cells)
+        row_step = Words.filled(builder, row_weyl, width)
+        key_words = Words.filled(builder, first, width), Words.filled(builder, _scalar(builder, key, 1), width)
+        scales = Floats.filled(builder, scale, width)
+        for begin in range(0, lanes, width):
+            places = [_moved(builder, source, 4 * (row * lanes + begin)) for row in range(ROWS)]
+            magnitudes = [(Words.load(builder, place, width) & 0x7FFFFFFF).as_floats() for place in places]
+            positions = rounding.positions([magnitude * scales for magnitude in magnitudes])
+            number = Words.filled(builder, weyl, width) + Words.multiples(builder, WEYL_MULTIPLIER, width, begin)
+            strata = _Strata(builder, key, common_first, number, row_step) if is_stratified else None
+            low = high = Words.multiples(builder, 0, width)
+            for row in range(ROWS // 2):
+                both = _hash(number, *key_words)
+                parts = []
+                for place, random in ((row, both & 0xFFFF), (row + ROWS // 2, both >> 16)):
+                    values = Words.load(builder, places[place], width)
+                    used = random if strata is None else strata.dither(random, place, values)
+                    parts.append(_codes(values, positions[place], used, bits, shift) << (row * bits))
+                low, high = low | parts[0], high | parts[1]
+                number = number + row_step
+            for index in range(bits):
+                _plane(low, high, index, bits).store_low_bytes(_moved(builder, target, index * lanes + begin))
+        return context.get_dummy_value()
+
+    numbers = types.uint64, types.uint64, words, words, key, words, words, types.float32
+    tables = slopes, intercepts, levels, cells
+    return types.void(*numbers, *tables, bits, lanes, shift, method, is_stratified), generate
+
+
+@intrinsic(prefer_literal=True)
+def decode_tile(
+    context: Any, source: Any, target: Any, norm: Any, levels: Any, bits: Any, lanes: Any, is_first: Any
+) -> tuple[Signature, Callable[..., Any]]:
+    """Unpack one tile, and store its values, or add them to what is there.
+
+    Arguments of the compiled function:
+        source: address of uint8 [bits, lanes].
+        target: address of float32 [ROWS, lanes].
+        norm: float32, finite.
+        levels: float32 [2^bits], `reference.signed_levels`.
+        bits: literal; so are lanes and is_first: 1 to store, 0 to add.
+    """
+    literals = [kind.literal_value for kind in (bits, lanes, is_first)]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits, lanes, is_first = literals
+        source, target = arguments[:2]
+        norms = Floats.filled(builder, arguments[2], lanes)
+        table = _data(context, builder, signature.args[3], arguments[3])
+        low = high = Words.multiples(builder, 0, lanes)
+        middle = 4 * bits
+        for index in range(bits):
+            byte = Words.load_bytes(builder, _moved(builder, source, index * lanes), lanes)
+            begin = 8 * index
+            if begin < middle:
+                low = low | (byte << begin)
+            if begin >= middle:
+                high = high | (byte << (begin - middle))
+            elif begin + 8 > middle:
+                high = high | (byte >> (middle - begin))
+        for row in range(ROWS):
+            word = low if row < ROWS // 2 else high
+            code = (word >> (row % (ROWS // 2) * bits)) & ((1 << bits) - 1)
+            value = norms * look_up(table, code)
+            place = _moved(builder, target, 4 * row * lanes)
+            if not is_first:
+                value = Floats.load(builder, place, lanes) + value
+            value.store(place)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.float32, levels, bits, lanes, is_first), generate

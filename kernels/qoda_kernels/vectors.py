@@ -1,0 +1,223 @@
+"""Vectors of 32-bit elements in LLVM's intermediate language, written like arithmetic.
+
+For the bodies of Numba intrinsics. LLVM turns a vector of any length into registers of whatever width the processor
+has (or into single operations), so the same code serves every target. Words wrap around; nothing is contracted:
+products and sums of floats are rounded one by one, except in `Floats.fused`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+_BYTE, _WORD, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def _constant(kind: Any, values: Sequence[int | float]) -> Any:
+    return ir.Constant(ir.VectorType(kind, len(values)), list(values))
+
+
+def _filled(builder: Any, kind: Any, count: int, scalar: Any) -> Any:
+    """Vector of `count` copies of a scalar."""
+    nothing = ir.Constant(ir.VectorType(kind, count), ir.Undefined)
+    first = builder.insert_element(nothing, scalar, ir.Constant(_WORD, 0))
+    return builder.shuffle_vector(first, nothing, _constant(_WORD, [0] * count))
+
+
+def _half(builder: Any, value: Any, begin: int) -> Any:
+    places = _constant(_WORD, range(begin, begin + value.type.count // 2))
+    return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), places)
+
+
+def _place(builder: Any, address: Any, kind: Any, count: int) -> Any:
+    return builder.inttoptr(address, ir.PointerType(ir.VectorType(kind, count)))
+
+
+class Words:
+    """A vector of uint32."""
+
+    def __init__(self, builder: Any, value: Any) -> None:
+        self.builder = builder
+        self.value = value
+
+    @classmethod
+    def load(cls, builder: Any, address: Any, count: int) -> "Words":
+        """The words at an address (any alignment)."""
+        return cls(builder, builder.load(_place(builder, address, _WORD, count), align=1))
+
+    @classmethod
+    def load_bytes(cls, builder: Any, address: Any, count: int) -> "Words":
+        """The bytes at an address, each as a word."""
+        loaded = builder.load(_place(builder, address, _BYTE, count), align=1)
+        return cls(builder, builder.zext(loaded, ir.VectorType(_WORD, count)))
+
+    @classmethod
+    def filled(cls, builder: Any, scalar: Any, count: int) -> "Words":
+        """Copies of a scalar that is known at run time."""
+        return cls(builder, _filled(builder, _WORD, count, scalar))
+
+    @classmethod
+    def multiples(cls, builder: Any, factor: int, count: int, first: int = 0) -> "Words":
+        """The products first * factor, (first + 1) * factor, ... modulo 2^32."""
+        return cls(builder, _constant(_WORD, [(first + n) * factor & 0xFFFFFFFF for n in range(count)]))
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return int(self.value.type.count)
+
+    def __add__(self, other: "Words | int") -> "Words":
+        return Words(self.builder, self.builder.add(self.value, self._value(other)))
+
+    def __sub__(self, other: "Words | int") -> "Words":
+        return Words(self.builder, self.builder.sub(self.value, self._value(other)))
+
+    def __mul__(self, other: "Words | int") -> "Words":
+        return Words(self.builder, self.builder.mul(self.value, self._value(other)))
+
+    def __and__(self, other: "Words | int") -> "Words":
+        return Words(self.builder, self.builder.and_(self.value, self._value(other)))
+
+    def __or__(self, other: "Words | int") -> "Words":
+        return Words(self.builder, self.builder.or_(self.value, self._value(other)))
+
+    def __xor__(self, other: "Words | int") -> "Words":
+        return Words(self.builder, self.builder.xor(self.value, self._value(other)))
+
+    def __lshift__(self, places: int) -> "Words":
+        return self if places == 0 else Words(self.builder, self.builder.shl(self.value, self._value(places)))
+
+    def __rshift__(self, places: int) -> "Words":
+        return self if places == 0 else Words(self.builder, self.builder.lshr(self.value, self._value(places)))
+
+    def shifted_right(self, places: "Words") -> "Words":
+        """Each element shifted by its own number of places."""
+        return Words(self.builder, self.builder.lshr(self.value, places.value))
+
+    def minimum(self, other: "Words | int") -> "Words":
+        """The smaller ones."""
+        return self._chosen("<", self._value(other))
+
+    def maximum(self, other: "Words | int") -> "Words":
+        """The larger ones."""
+        return self._chosen(">", self._value(other))
+
+    def sign_mask(self) -> "Words":
+        """All bits set where the highest one is."""
+        return Words(self.builder, self.builder.ashr(self.value, self._value(31)))
+
+    def largest(self) -> Any:
+        """The largest element, a scalar."""
+        found = self
+        while found.count > 1:
+            upper = Words(self.builder, _half(self.builder, found.value, found.count // 2))
+            found = Words(self.builder, _half(self.builder, found.value, 0)).maximum(upper)
+        return self.builder.extract_element(found.value, ir.Constant(_WORD, 0))
+
+    def as_floats(self) -> "Floats":
+        """Floats with these bits."""
+        return Floats(self.builder, self.builder.bitcast(self.value, ir.VectorType(_FLOAT, self.count)))
+
+    def to_floats(self) -> "Floats":
+        """Floats with these values, which are below 2^24."""
+        return Floats(self.builder, self.builder.sitofp(self.value, ir.VectorType(_FLOAT, self.count)))
+
+    def longs(self) -> Any:
+        """A vector of uint64 with these values."""
+        return self.builder.zext(self.value, ir.VectorType(_LONG, self.count))
+
+    def store_low_bytes(self, address: Any) -> None:
+        """Store the low byte of every element."""
+        low = self.builder.trunc(self.value, ir.VectorType(_BYTE, self.count))
+        self.builder.store(low, _place(self.builder, address, _BYTE, self.count), align=1)
+
+    def _value(self, other: "Words | int") -> Any:
+        return _constant(_WORD, [other] * self.count) if isinstance(other, int) else other.value
+
+    def _chosen(self, relation: str, other: Any) -> "Words":
+        is_own = self.builder.icmp_unsigned(relation, self.value, other)
+        return Words(self.builder, self.builder.select(is_own, self.value, other))
+
+
+class Floats:
+    """A vector of float32."""
+
+    def __init__(self, builder: Any, value: Any) -> None:
+        self.builder = builder
+        self.value = value
+
+    @classmethod
+    def load(cls, builder: Any, address: Any, count: int) -> "Floats":
+        """The floats at an address."""
+        return cls(builder, builder.load(_place(builder, address, _FLOAT, count), align=4))
+
+    @classmethod
+    def filled(cls, builder: Any, scalar: Any, count: int) -> "Floats":
+        """Copies of a scalar that is known at run time."""
+        return cls(builder, _filled(builder, _FLOAT, count, scalar))
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return int(self.value.type.count)
+
+    def __add__(self, other: "Floats | float") -> "Floats":
+        return Floats(self.builder, self.builder.fadd(self.value, self._value(other)))
+
+    def __mul__(self, other: "Floats") -> "Floats":
+        return Floats(self.builder, self.builder.fmul(self.value, other.value))
+
+    def fused(self, factor: "Floats", addend: "Floats") -> "Floats":
+        """Self * factor + addend, rounded once."""
+        kind = self.value.type
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.v{self.count}f32"
+        )
+        return Floats(self.builder, self.builder.call(function, [self.value, factor.value, addend.value]))
+
+    def minimum(self, other: "Floats") -> "Floats":
+        """The smaller ones; none may be NaN."""
+        is_own = self.builder.fcmp_ordered("<", self.value, other.value)
+        return Floats(self.builder, self.builder.select(is_own, self.value, other.value))
+
+    def at_least(self, other: "Floats") -> Words:
+        """1 where self >= other, else 0."""
+        flags = self.builder.fcmp_ordered(">=", self.value, other.value)
+        return Words(self.builder, self.builder.zext(flags, ir.VectorType(_WORD, self.count)))
+
+    def truncated(self) -> Words:
+        """Integer parts of values from 0 to 2^31."""
+        return Words(self.builder, self.builder.fptosi(self.value, ir.VectorType(_WORD, self.count)))
+
+    def as_words(self) -> Words:
+        """The bits."""
+        return Words(self.builder, self.builder.bitcast(self.value, ir.VectorType(_WORD, self.count)))
+
+    def store(self, address: Any) -> None:
+        """Store all elements."""
+        self.builder.store(self.value, _place(self.builder, address, _FLOAT, self.count), align=4)
+
+    def _value(self, other: "Floats | float") -> Any:
+        return _constant(_FLOAT, [other] * self.count) if isinstance(other, float) else other.value
+
+
+def look_up(table: Any, places: Words) -> Floats:
+    """table[place] for every place, which are known to lie inside.
+
+    Args:
+        table: pointer to float32.
+        places: indices below 2^31.
+    """
+    builder, count = places.builder, places.count
+    pointers = builder.gep(table, [places.value], source_etype=_FLOAT)
+    pointers.type = ir.VectorType(ir.PointerType(_FLOAT), count)  # llvmlite does not know of vectors of pointers
+    kind = ir.VectorType(_FLOAT, count)
+    gather = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(kind, [pointers.type, _WORD, ir.VectorType(ir.IntType(1), count), kind]),
+        f"llvm.masked.gather.v{count}f32.v{count}p0",
+    )
+    everywhere = ir.Constant(ir.VectorType(ir.IntType(1), count), [1] * count)
+    arguments = [pointers, ir.Constant(_WORD, 4), everywhere, ir.Constant(kind, ir.Undefined)]
+    return Floats(builder, builder.call(gather, arguments))
