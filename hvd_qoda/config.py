@@ -214,6 +214,8 @@ class QodaConfig(_Model):
     - `exchange`: "auto", "allgather" (quantized once) or "reduce_scatter" (twice, fewer bytes). Default "auto".
     - `error_feedback`: whether what a message leaves out is added to the next gradient. Default false.
     - `seed`: seed of the random rounding, 0 to 2^64 - 1. Default 0.
+    - `dither`: "independent", or "stratified": the ranks' random roundings are chosen so that their errors cancel in
+      the mean; each rank's stays unbiased. Default "independent".
     - `layers`: rules, later ones win: selectors `type`, `name` (shell pattern), `min_numel`, `max_numel`; and `bits`,
       `bucket_size`, `norm`, `norm_format`, `levels`, or `as_type`, which assigns another layer type. Default none.
     - `update_levels`: when adaptive levels are recomputed: `at`, `every`, `statistics`, `samples` (see `UpdateLevels`).
@@ -237,6 +239,7 @@ class QodaConfig(_Model):
     exchange: Literal["auto", "allgather", "reduce_scatter"] = "auto"
     error_feedback: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    dither: Literal["independent", "stratified"] = "independent"
     layers: Annotated[
         tuple[Annotated[LayerRuleFields, BeforeValidator(_rule_fields)], ...],
         Field(strict=False),

@@ -56,15 +56,26 @@ class Stamp:
         seed: the user's seed.
         counter: number of the exchange, counted over the whole training.
         registry_version: version of the codebooks.
+        dither: "independent" or "stratified" random numbers of the ranks whose messages are averaged.
     """
 
     seed: int
     counter: int
     registry_version: int
+    dither: str = "independent"
 
-    def context(self, phase: int, source: int, destination: int) -> MessageContext:
-        """Context of the message that `source` encodes for the share `destination`; phases are 0 and 1."""
-        return MessageContext(self.seed, self.counter, source, phase, self.registry_version, source, destination)
+    def context(self, phase: int, source: int, destination: int, ranks: int = 1) -> MessageContext:
+        """Context of the message that `source` encodes for the share `destination`.
+
+        Args:
+            phase: 0 or 1.
+            source: position of the sender.
+            destination: index of the share.
+            ranks: to encode, number of the ranks whose messages are averaged with this one; to decode, any.
+        """
+        strata = ranks if self.dither == "stratified" else 1
+        version = self.registry_version
+        return MessageContext(self.seed, self.counter, source, phase, version, source, destination, strata)
 
 
 class Exchange(Protocol):
@@ -181,7 +192,8 @@ class AllGatherExchange:
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
         self._stamp = stamp
-        self._share.codec.encode(values, stamp.context(0, self._transport.rank, 0), out=self._message)
+        rank, size = self._transport.rank, self._transport.size
+        self._share.codec.encode(values, stamp.context(0, rank, 0, size), out=self._message)
         self._send()
 
     def start_refused(self, reason: str) -> None:
@@ -295,11 +307,11 @@ class ReduceScatterExchange:
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
         self._stamp, self._second, self._failure = stamp, None, None
-        rank = self._transport.rank
+        rank, size = self._transport.rank, self._transport.size
         wide = [tensor.to(s.slice.dtype) for tensor, s in zip(values, self._wide.segments, strict=True)]
         for owner, (share, message) in enumerate(zip(self._shares, self._message.split(self._bytes), strict=True)):
             parts = [piece.of(wide) for piece in share.pieces]
-            share.codec.encode(parts, stamp.context(0, rank, owner), out=message)
+            share.codec.encode(parts, stamp.context(0, rank, owner, size), out=message)
         self._send()
 
     def start_refused(self, reason: str) -> None:

@@ -108,7 +108,7 @@ class Session:
     @property
     def stamp(self) -> Stamp:
         """Of the messages of the step under way."""
-        return Stamp(self.config.seed, self.step, self.registry.version)
+        return Stamp(self.config.seed, self.step, self.registry.version, self.config.dither)
 
     @property
     def keeps_vectors(self) -> bool:

@@ -80,6 +80,7 @@ WRONG = [
     ({"exchange": "reducescatter"}, "exchange='reducescatter'", "did you mean 'reduce_scatter'"),
     ({"error_feedback": 0}, "error_feedback=0", "true or false"),
     ({"seed": -1}, "seed=-1", "at least 0"),
+    ({"dither": "stratifed"}, "dither='stratifed'", "did you mean 'stratified'"),
     ({"seed": 2**64}, "seed=18446744073709551616", "less than"),
     ({"min_numel": -1}, "min_numel=-1", "at least 0"),
     ({"measure_error_every": -1}, "measure_error_every=-1", "at least 0"),

@@ -346,6 +346,8 @@ class _Run:
         elif name in ("shl", "shr"):
             value, distance = self._read(operands[1], kind, active), self._read(operands[2], "u32", active)
             self._write(operands[0], kind, active, _shift(name, value, distance))
+        elif name == "prmt":
+            self._write(operands[0], kind, active, _permuted(*(self._read(o, kind, active) for o in operands[1:])))
         elif name in ("bfi", "bfe"):
             self._bit_field(name, operands, kind, active)
         elif name in ("membar", "fence"):
@@ -440,6 +442,18 @@ def _shift(name: str, value: Array, distance: Array) -> Array:
     shifted = np.minimum(distance, width - 1).astype(value.dtype)
     result = value << shifted if name == "shl" else value >> shifted
     return np.where(distance >= width, value.dtype.type(0), result)
+
+
+def _permuted(low: Array, high: Array, selector: Array) -> Array:
+    """Bytes of the pair (high, low): nibble n of the selector says which one, or whose sign, becomes byte n."""
+    pair = high.astype(np.uint64) << np.uint64(32) | low
+    result = np.zeros_like(pair)
+    for byte in range(4):
+        nibble = selector.astype(np.uint64) >> np.uint64(4 * byte)
+        found = pair >> (np.uint64(8) * (nibble & np.uint64(7))) & np.uint64(0xFF)
+        of_sign = (found >> np.uint64(7)) * np.uint64(0xFF)
+        result |= np.where(nibble & np.uint64(8), of_sign, found) << np.uint64(8 * byte)
+    return result.astype(np.uint32)
 
 
 def _convert(parts: list[str], value: Array) -> Array:
