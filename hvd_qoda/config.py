@@ -344,9 +344,21 @@ class QodaConfig(_Model):
         """The rules of `layers`."""
         return tuple(layer.to_rule() for layer in self.layers)
 
-    def build_registry(self, parameters: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> CodebookRegistry:
-        """Registry of a model, or of its (name, tensor) pairs; raises RegistryError for a rule that matches nothing."""
-        return CodebookRegistry.build(parameters, self.settings, self.rules, self.min_numel)
+    def build_registry(
+        self,
+        parameters: nn.Module | Iterable[tuple[str, torch.Tensor]],
+        shapes: Mapping[str, Sequence[int]] | None = None,
+    ) -> CodebookRegistry:
+        """Registry of a model, or of its (name, tensor) pairs.
+
+        Args:
+            parameters: the model, or the pairs.
+            shapes: parameter name -> its shape, where the host keeps only a part of it in each process.
+
+        Raises:
+            RegistryError: for a rule that matches nothing.
+        """
+        return CodebookRegistry.build(parameters, self.settings, self.rules, self.min_numel, shapes)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys as JSON-able values; `from_dict` restores the configuration exactly."""

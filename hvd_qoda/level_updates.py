@@ -74,7 +74,7 @@ class LevelUpdates:
         return self._asked_gathers and key in self._keys
 
     def gather(self, parameter: str, values: torch.Tensor, registry: CodebookRegistry) -> None:
-        """Read one gradient of this rank.
+        """Read one gradient of this rank, or a part of one; what is read of a parameter in one step adds up.
 
         Args:
             parameter: name of the parameter.
@@ -83,8 +83,8 @@ class LevelUpdates:
         """
         key = registry.parameters[parameter].codebook
         codebook = registry.codebooks[key]
-        gathered = self._statistics[key].gather(values.float().numpy(), codebook.bucket_size, codebook.norm)
-        self._own[parameter] = gathered
+        read = self._statistics[key].gather(values.float().numpy(), codebook.bucket_size, codebook.norm)
+        self._own[parameter] = self._own[parameter].merge(read) if parameter in self._own else read
 
     def end_step(self, step: int, registry: CodebookRegistry, transport: Transport) -> None:
         """Exchange and add up what has been gathered since a step began; a collective call that waits.

@@ -1,15 +1,22 @@
 """Bytes that leave a rank, counted at the collective calls.
 
 A rank's sent bytes follow from the payload that it hands to each collective, whoever started the collective:
-all-reduce 2 (K-1)/K of the payload (reduce-scatter followed by all-gather), all-gather K-1 times the payload,
-all-to-all everything but the rank's own share. What the host adds on its own (negotiation, TCP/IP headers) is not
-counted, neither for compressed nor for plain gradients.
+all-reduce 2 (K-1)/K of the payload (reduce-scatter followed by all-gather), reduce-scatter (K-1)/K of it, all-gather
+K-1 times the payload, all-to-all everything but the rank's own share. What the host adds on its own (negotiation,
+TCP/IP headers) is not counted, neither for compressed nor for plain gradients.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Traffic", "TrafficMeter", "all_gather_bytes", "all_reduce_bytes", "all_to_all_bytes"]
+__all__ = [
+    "Traffic",
+    "TrafficMeter",
+    "all_gather_bytes",
+    "all_reduce_bytes",
+    "all_to_all_bytes",
+    "reduce_scatter_bytes",
+]
 
 
 def all_reduce_bytes(payload: int, size: int) -> float:
@@ -20,6 +27,16 @@ def all_reduce_bytes(payload: int, size: int) -> float:
         size: number of ranks, K.
     """
     return 2 * (size - 1) / size * payload
+
+
+def reduce_scatter_bytes(payload: int, size: int) -> float:
+    """Bytes that one rank sends in a reduce-scatter, or on average in a reduction to one rank: (K-1)/K of the payload.
+
+    Args:
+        payload: bytes handed to the collective.
+        size: number of ranks, K.
+    """
+    return (size - 1) / size * payload
 
 
 def all_gather_bytes(payload: int, size: int) -> int:
@@ -47,7 +64,7 @@ class Traffic:
     """Totals of a meter at one moment.
 
     Attributes:
-        sent: bytes that left this rank, by collective ("all_reduce", "all_gather", "all_to_all").
+        sent: bytes that left this rank, by collective ("all_reduce", "reduce_scatter", "all_gather", "all_to_all").
         calls: collectives started, by the same names.
     """
 
@@ -89,6 +106,10 @@ class TrafficMeter:
     def all_to_all(self, send_bytes: Sequence[int], rank: int) -> float:
         """Note an all-to-all with `send_bytes[j]` bytes for rank j."""
         return self._add("all_to_all", all_to_all_bytes(send_bytes, rank))
+
+    def host(self, collective: str, sent: float) -> float:
+        """Note what a collective of the host's own sends from this rank."""
+        return self._add(collective, sent)
 
     @property
     def traffic(self) -> Traffic:

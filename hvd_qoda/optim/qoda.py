@@ -1,5 +1,6 @@
 """QODA: quantized optimistic dual averaging, one exchange of dual vectors per step."""
 
+from collections.abc import Callable
 from typing import ClassVar, overload
 
 import torch
@@ -59,6 +60,8 @@ class QODA(DualAveragingOptimizer):
     square; with ``sum_over="mean"`` it is not used. Clipped gradients, or a loss scale that changes, have no such c:
     use ``sum_over="mean"``.
     average: keep the averaged iterate (one buffer more).
+    sum_of_parts: where this process holds only a part of the model (ZeRO), adds up the processes' squared norms; called
+    with this part's, on every process alike. Like ``worker_norms`` it belongs to the process.
 
     State per parameter, in float32 (float64 for float64 parameters): X_1, Y, the average, and the previous dual vector
     where the rates need it. A parameter without gradient takes part from its first gradient on; later, a missing
@@ -76,9 +79,10 @@ class QODA(DualAveragingOptimizer):
         "worker_norms",
         "gradient_scale",
         "average",
+        "sum_of_parts",
         *_NOTHING_SUMMED,
     )
-    UNSAVED_OPTIONS: ClassVar[tuple[str, ...]] = ("worker_norms",)
+    UNSAVED_OPTIONS: ClassVar[tuple[str, ...]] = ("worker_norms", "sum_of_parts")
 
     def __init__(
         self,
@@ -91,6 +95,7 @@ class QODA(DualAveragingOptimizer):
         worker_norms: WorkerNormsSource | None = None,
         gradient_scale: float = 1.0,
         average: bool = True,
+        sum_of_parts: Callable[[float], float] | None = None,
     ) -> None:
         options = {
             "lr": lr,
@@ -101,6 +106,7 @@ class QODA(DualAveragingOptimizer):
             "worker_norms": worker_norms,
             "gradient_scale": gradient_scale,
             "average": average,
+            "sum_of_parts": sum_of_parts,
         }
         super().__init__(params, {**options, **_NOTHING_SUMMED})
         # Groups taken over from another optimizer (by Horovod) come with its sums, but without its state.
@@ -171,7 +177,7 @@ class QODA(DualAveragingOptimizer):
         squared = SquaredNorm()
         for part in parts:
             squared.add(part.dual_vector - part.state["previous"] if equal else part.dual_vector)
-        return squared.value()
+        return self._over_model(squared)
 
     def _move(self, parts: list[Part], gamma: float, eta: float) -> float:
         """Write X_{t+3/2}; returns |X_t - X_{t+1}|^2 over the model for separated rates, else 0."""
@@ -192,4 +198,8 @@ class QODA(DualAveragingOptimizer):
                 state["previous"].copy_(part.dual_vector)
         for group in self.param_groups:
             group["previous_lr"] = float(group["lr"])
-        return moved.value()
+        return self._over_model(moved) if separated else 0.0
+
+    def _over_model(self, squared: SquaredNorm) -> float:
+        sum_of_parts = self.param_groups[0]["sum_of_parts"]
+        return squared.value() if sum_of_parts is None else sum_of_parts(squared.value())

@@ -90,6 +90,7 @@ class EagerStateOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and options, without what belongs to the running process (`UNSAVED_OPTIONS`)."""
         self._prepare_state()
+        self.forget_state_of_others()
         packed: dict[str, Any] = super().state_dict()
         for group in packed["param_groups"]:
             for name in self.UNSAVED_OPTIONS:
@@ -119,6 +120,7 @@ class EagerStateOptimizer(Optimizer):
             group.update(unsaved)
         self._copy_saved_tensors(final)
         self._prepare_state()
+        self.forget_state_of_others()
 
     def _check_loaded_options(self, options: Group) -> None:
         missing = sorted(set(self.defaults) - set(options))
@@ -140,9 +142,10 @@ class EagerStateOptimizer(Optimizer):
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
     def _prepare_state(self) -> None:
-        """Give every trainable parameter its state, on its device, and drop that of parameters no longer held.
+        """Give every trainable parameter its state, on its device.
 
         Hosts exchange parameters behind the optimizer's back: ``model.to(device)``, unfreezing, ZeRO's partitions.
+        State of parameters that no group holds stays: ZeRO steps one group at a time and hides the others meanwhile.
         """
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -153,6 +156,9 @@ class EagerStateOptimizer(Optimizer):
                             state[name] = value.to(parameter.device)
                 elif parameter.requires_grad or parameter.grad is not None:
                     self.state[parameter] = self._new_state(parameter, group)
+
+    def forget_state_of_others(self) -> None:
+        """Drop the state of parameters that no group holds, as after a host has put its own in their place."""
         held = set(self._parameters())
         for parameter in [key for key in self.state if key not in held]:
             del self.state[parameter]

@@ -90,11 +90,12 @@ class _Place:
         return len(self.shape)
 
 
-def layer_types(model: nn.Module) -> dict[str, str]:
+def layer_types(model: nn.Module, shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, str]:
     """Layer type of every parameter of a model.
 
     Args:
         model: any module; look-alikes of well-known classes are recognised by class and parameter names.
+        shapes: parameter name -> its shape, where the host keeps only a part of it in each process.
 
     Returns:
         Parameter name -> one of `LAYER_TYPES`, in the order of `model.named_parameters()`.
@@ -104,7 +105,8 @@ def layer_types(model: nn.Module) -> dict[str, str]:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {
-        name: _place(name, parameter, modules) for name, parameter in model.named_parameters(remove_duplicate=False)
+        name: _place(name, parameter, modules, (shapes or {}).get(name))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     types = _types_of_places(places)
     return {name: types[name] for name, _ in model.named_parameters()}
@@ -133,7 +135,12 @@ def layer_types_of_named_parameters(named_parameters: Iterable[tuple[str, torch.
     return _types_of_places(places)
 
 
-def _place(name: str, parameter: torch.Tensor, modules: Mapping[str, nn.Module] | None) -> _Place:
+def _place(
+    name: str,
+    parameter: torch.Tensor,
+    modules: Mapping[str, nn.Module] | None,
+    shape: Sequence[int] | None = None,
+) -> _Place:
     if is_lazy(parameter):
         raise RegistryError(f"parameter {name!r} has no shape yet: run the lazy modules once before compressing")
     *owner, leaf = name.split(".")
@@ -141,7 +148,7 @@ def _place(name: str, parameter: torch.Tensor, modules: Mapping[str, nn.Module] 
         position = owner.index("parametrizations")
         owner, leaf = owner[:position], owner[position + 1]
     chain = None if modules is None else tuple(modules[".".join(owner[:depth])] for depth in range(len(owner) + 1))
-    return _Place(path=("", *owner), modules=chain, leaf=leaf, shape=tuple(parameter.shape))
+    return _Place(path=("", *owner), modules=chain, leaf=leaf, shape=tuple(parameter.shape if shape is None else shape))
 
 
 def _types_of_places(places: Mapping[str, _Place]) -> dict[str, str]:

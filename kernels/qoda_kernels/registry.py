@@ -236,6 +236,7 @@ class CodebookRegistry:
         defaults: LayerSettings | None = None,
         rules: Sequence[LayerRule] = (),
         min_numel: int = DEFAULT_MIN_NUMEL,
+        shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> "CodebookRegistry":
         """Registry of a model.
 
@@ -245,11 +246,12 @@ class CodebookRegistry:
             defaults: settings of every parameter that no rule changes; `LayerSettings()` if None.
             rules: the user's rules, called `layers[i]` in messages as in the configuration.
             min_numel: parameters with fewer elements travel exact unless a rule says otherwise.
+            shapes: parameter name -> its shape, where the host keeps only a part of it in each process.
 
         Raises:
             RegistryError: for a rule that matches nothing, settings that no codebook can have, a parameter given twice.
         """
-        named, types = _named_parameters_and_types(parameters)
+        named, types = _named_parameters_and_types(parameters, shapes or {})
         resolved = {
             name: _resolve(name, types[name], tensor, defaults or LayerSettings(), rules, min_numel)
             for name, tensor in named.items()
@@ -451,10 +453,11 @@ def _codebook_of_state(fields: Mapping[str, Any]) -> Codebook:
 
 
 def _named_parameters_and_types(
-    parameters: nn.Module | Iterable[tuple[str, torch.Tensor]],
+    parameters: nn.Module | Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if isinstance(parameters, nn.Module):
-        return dict(parameters.named_parameters()), layer_types(parameters)
+        named = {name: _whole(tensor, shapes.get(name)) for name, tensor in parameters.named_parameters()}
+        return named, layer_types(parameters, shapes)
     pairs = list(parameters)
     types = layer_types_of_named_parameters(pairs)
     first_names: dict[int, str] = {}
@@ -463,6 +466,11 @@ def _named_parameters_and_types(
         if first != name:
             raise RegistryError(f"parameters {first!r} and {name!r} are one tensor: give it once")
     return dict(pairs), types
+
+
+def _whole(tensor: torch.Tensor, shape: Sequence[int] | None) -> torch.Tensor:
+    """A tensor without memory that has the parameter's whole shape, where the host keeps only a part."""
+    return tensor if shape is None else torch.empty(tuple(shape), dtype=tensor.dtype, device="meta")
 
 
 def _default_rules(min_numel: int) -> tuple[LayerRule, ...]:

@@ -1,0 +1,122 @@
+"""The plug-in's state in DeepSpeed's checkpoints.
+
+What all ranks have in common (levels, statistics, numbers of steps and exchanges) is saved in the client state under
+"qoda", by DeepSpeed itself. What only one rank has (with worker_norms its last messages) is saved beside it, by every
+rank, in qoda_rank_<rank>.pt.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_plugin.engine import EngineState, state_of
+from hvd_qoda.errors import ConfigError
+
+__all__ = ["KEY", "load", "save"]
+
+KEY = "qoda"
+_logger = logging.getLogger(__name__)
+
+Method = Callable[..., Any]
+
+
+def save(
+    original: Method,
+    engine: Any,
+    save_dir: str | os.PathLike[str],
+    tag: Any = None,
+    client_state: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`engine.save_checkpoint`, with the plug-in's state.
+
+    Raises:
+        ConfigError: if the caller's client state has a key "qoda".
+    """
+    client_state = dict(client_state or {})
+    state = state_of(engine)
+    if state is None:
+        return original(engine, save_dir, tag=tag, client_state=client_state, **kwargs)
+    if KEY in client_state:
+        raise ConfigError(f"client_state has a key {KEY!r}, which is the plug-in's: call it something else")
+    tag = str(f"global_step{engine.global_steps}" if tag is None else tag)
+    client_state[KEY] = state.reducer.state_dict()
+    result = original(engine, save_dir, tag=tag, client_state=client_state, **kwargs)
+    private = state.reducer.private_state()
+    if private is not None:
+        torch.save(private, _private_file(save_dir, tag, engine))
+        state.reducer.barrier()
+    return result
+
+
+def load(
+    original: Method,
+    engine: Any,
+    load_dir: str | os.PathLike[str],
+    tag: Any = None,
+    load_module_strict: bool = True,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    custom_load_fn: Any = None,
+) -> Any:
+    """`engine.load_checkpoint`, with the plug-in's state, which goes on where it was saved.
+
+    It starts anew, with a warning, where the checkpoint has no such state; and silently, like the optimizer, where only
+    the model or no optimizer state is loaded.
+
+    Raises:
+        RegistryError: on every rank, for the state of another model or configuration.
+        RankMismatchError: on every rank, if ranks have loaded different states.
+    """
+    path, client_state = original(
+        engine,
+        load_dir,
+        tag=tag,
+        load_module_strict=load_module_strict,
+        load_optimizer_states=load_optimizer_states,
+        load_lr_scheduler_states=load_lr_scheduler_states,
+        load_module_only=load_module_only,
+        custom_load_fn=custom_load_fn,
+    )
+    state = state_of(engine)
+    if state is None or path is None:
+        return path, client_state
+    saved = client_state.pop(KEY, None)
+    if load_optimizer_states and not load_module_only:
+        if saved is None:
+            _logger.warning(
+                'the checkpoint %s was saved without the "qoda" block: its training goes on with levels as at a '
+                "beginning, and compression counts its steps from 1",
+                path,
+            )
+        else:
+            _restore(engine, state, saved, Path(str(path)).parent)
+    return path, client_state
+
+
+def _restore(engine: Any, state: EngineState, saved: dict[str, Any], folder: Path) -> None:
+    private = None
+    if state.reducer.config.worker_norms:
+        file = _private_file(folder.parent, folder.name, engine)
+        if saved["ranks"] != state.reducer.transport.size:
+            _logger.warning(
+                "the checkpoint was saved by %s ranks, and now there are %s: the single ranks' last gradients are "
+                "taken for zero",
+                saved["ranks"],
+                state.reducer.transport.size,
+            )
+        elif file.is_file():
+            private = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            _logger.warning("there is no file %s: the last gradients of this rank are taken for zero", file)
+    state.reducer.load_state_dict(saved, private)
+    state.reducer.agree({"loaded from": folder.name, "private state": private is not None})
+
+
+def _private_file(folder: str | os.PathLike[str], tag: str, engine: Any) -> Path:
+    return Path(folder) / tag / f"{KEY}_rank_{engine.global_rank:05d}.pt"

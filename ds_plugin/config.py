@@ -1,0 +1,110 @@
+"""The "qoda" block of a DeepSpeed configuration, and the settings beside it that do not go together with it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hvd_qoda.config import QodaConfig
+from hvd_qoda.errors import ConfigError, UnsupportedError
+
+__all__ = ["BLOCK", "parse_block", "read_file", "refuse_unsupported"]
+
+BLOCK = "qoda"
+
+
+def parse_block(configuration: Mapping[str, Any], source: str = "DeepSpeed configuration") -> QodaConfig | None:
+    """The configuration of the "qoda" block, under the environment's values; None where there is no block.
+
+    Args:
+        configuration: the whole DeepSpeed configuration.
+        source: where it comes from, for messages.
+
+    Raises:
+        ConfigError: naming the key and the nearest valid one.
+    """
+    if BLOCK not in configuration:
+        return None
+    block = configuration[BLOCK]
+    where = f'{source}, block "{BLOCK}"'
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"{where}: must map keys to values; got {block!r}")
+    # Not the whole configuration: its own keys have meanings of their own.
+    return QodaConfig.from_environment(QodaConfig.from_dict({BLOCK: block}, where))
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """A DeepSpeed configuration from a JSON file.
+
+    Raises:
+        ConfigError: if there is no such file, or it is not a JSON object.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a DeepSpeed configuration maps keys to values")
+    return values
+
+
+def refuse_unsupported(configuration: Mapping[str, Any], config: QodaConfig) -> None:
+    """Raise UnsupportedError for settings whose gradients travel on ways that the plug-in does not cover.
+
+    Args:
+        configuration: the whole DeepSpeed configuration.
+        config: that of the "qoda" block.
+    """
+    found = [f"{key}: {reason}" for key, reason in _refused(configuration, config)]
+    if found:
+        raise UnsupportedError(
+            f'DeepSpeed configuration: the "{BLOCK}" block does not go together with {"; ".join(found)}'
+        )
+
+
+def _refused(configuration: Mapping[str, Any], config: QodaConfig) -> Iterator[tuple[str, str]]:
+    zero = _section(configuration, "zero_optimization")
+    if zero.get("zero_quantized_gradients"):
+        yield "zero_optimization.zero_quantized_gradients", "it compresses the same gradients; set it to false"
+    if int(zero.get("zero_hpz_partition_size", 1)) > 1:
+        yield "zero_optimization.zero_hpz_partition_size", "hierarchical partitioning is not supported; leave it out"
+    if int(zero.get("mics_shard_size", -1)) > 0:
+        yield "zero_optimization.mics_shard_size", "MiCS reduces in two groups, which is not supported; leave it out"
+    if zero.get("zenflow") is not None:
+        yield "zero_optimization.zenflow", "it reduces gradients on ways of its own; leave it out"
+    for key in ("offload_optimizer", "offload_param"):
+        offload = zero.get(key) or {}
+        if offload.get("device") == "nvme":
+            yield f"zero_optimization.{key}.device", '"nvme" is not supported; use "cpu" or "none"'
+        if offload.get("super_offload"):
+            yield f"zero_optimization.{key}.super_offload", "it is not supported; leave it out"
+    if _section(configuration, "compile").get("deepcompile"):
+        yield "compile.deepcompile", "compiled graphs reduce gradients by themselves; set it to false"
+    if int(_section(configuration, "tensor_parallel").get("autotp_size", 0)) > 1:
+        yield "tensor_parallel.autotp_size", "tensor parallelism is not supported; leave it out"
+    if _section(configuration, "expert_parallel").get("enabled"):
+        yield "expert_parallel.enabled", "replaced expert layers are not supported; set it to false"
+    if configuration.get("sparse_gradients"):
+        yield "sparse_gradients", "sparse gradients are gathered as they are; set it to false"
+    optimizer = str(_section(configuration, "optimizer").get("type", ""))
+    if optimizer.lower() == "muon":
+        yield "optimizer.type", "Muon needs whole gradient matrices on several ranks; use another optimizer"
+    if config.worker_norms:
+        yield from _refused_with_worker_norms(configuration, zero)
+
+
+def _refused_with_worker_norms(configuration: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if int(zero.get("stage", 0)) >= 2 and configuration.get("gradient_accumulation_steps", 1) not in (1, "auto"):
+        yield (
+            "gradient_accumulation_steps",
+            "with qoda.worker_norms every exchange must be a step, and ZeRO 2 and 3 exchange every micro-batch",
+        )
+    if _section(configuration, "fp16").get("enabled"):
+        yield "fp16.enabled", "with qoda.worker_norms the loss scale would be in the norms; use bf16 or fp32"
+
+
+def _section(configuration: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = configuration.get(key)
+    return found if isinstance(found, Mapping) else {}
