@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from ds_plugin import backend
 from ds_plugin.config import BLOCK, parse_block, refuse_unsupported
 from ds_plugin.monitor import MonitorSink
-from ds_plugin.optimizers import adapt_optimizer
+from ds_plugin.optimizers import adapt_optimizer, worker_sums
 from ds_plugin.reducer import GradientReducer
 from ds_plugin.slices import BufferMap, Piece, joined, whole_parameters
 from hvd_qoda.agreement import check_agreement
@@ -45,7 +45,6 @@ class EngineState:
         registry = config.build_registry(engine.module, shapes)
         self._names = {id(parameter): name for name, parameter in named}
         self._parameters = [parameter for _, parameter in named]  # keeps the ids from being used again
-        self.registered_with = engine.seq_data_parallel_group
         self.reducer = GradientReducer(config, registry, engine.seq_data_parallel_group, allotted_threads(os.environ))
 
     def name_of(self, parameter: torch.Tensor) -> str:
@@ -167,14 +166,15 @@ def configure(engine: Any, make_optimizer: Callable[[], None]) -> None:
     state = EngineState(engine, config)
     state.reducer.agree(_settings(engine))
     backend.install()
-    make_optimizer()
+    with worker_sums(engine, state.reducer):
+        make_optimizer()
     adapt_optimizer(engine, state.reducer)
     vars(engine)[_ATTRIBUTE] = state
     vars(engine.optimizer)[_ATTRIBUTE] = state
     _active.add(id(engine))
     if engine.monitor.enabled:
         sink = MonitorSink(engine.monitor, engine.train_batch_size())
-        state.reducer.report_to(Telemetry([sink], rank=engine.global_rank))
+        state.reducer.report_to(Telemetry([sink], rank=engine.global_rank), close=True)
 
 
 def release(engine: Any) -> None:

@@ -7,6 +7,8 @@ by coordinate and does not notice. QODA's step sizes need norms over the whole m
 rank order and float64, and one group is the limit.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from hvd_qoda.optim import QODA, QODAdam
 from hvd_qoda.optim.state import EagerStateOptimizer
 from hvd_qoda.transport import all_gather_array
 
-__all__ = ["adapt_optimizer", "register_names"]
+__all__ = ["adapt_optimizer", "register_names", "worker_sums"]
 
 
 def register_names() -> None:
@@ -46,6 +48,41 @@ def adapt_optimizer(engine: Any, reducer: GradientReducer) -> None:
     if isinstance(optimizer, QODA) and engine.zero_optimization_stage() > 0:
         _refuse_several_groups(engine, optimizer)
         optimizer.param_groups[0]["sum_of_parts"] = lambda part: _sum_over_ranks(reducer, part)
+
+
+@contextmanager
+def worker_sums(engine: Any, reducer: GradientReducer) -> Iterator[None]:
+    """While DeepSpeed makes its optimizer: give QODA with sum_over="workers" the source of its norms.
+
+    Raises:
+        UnsupportedError: where the gradients have no constant scale to those that were exchanged.
+    """
+    parameters = engine.optimizer_params() or {}
+    if engine.optimizer_name() != QODA.__name__ or parameters.get("sum_over") != "workers":
+        yield
+        return
+    sources = {"worker_norms": reducer.worker_norms, "gradient_scale": _gradient_scale(engine, reducer)}
+    engine._config.optimizer_params = {**parameters, **sources}
+    try:
+        yield
+    finally:
+        engine._config.optimizer_params = parameters
+
+
+def _gradient_scale(engine: Any, reducer: GradientReducer) -> float:
+    """By how much the gradients that the optimizer sees exceed the mean of those that were exchanged."""
+    where = 'optimizer.params.sum_over="workers" needs'
+    if not reducer.config.worker_norms:
+        raise UnsupportedError(f'{where} "worker_norms": true in the "qoda" block')
+    if engine.gradient_predivide_factor() != 1.0 or engine.gradient_clipping() > 0.0 or engine.has_moe_layers:
+        raise UnsupportedError(
+            f"{where} gradients that are a constant multiple of those exchanged: leave out gradient_predivide_factor "
+            'and experts, set gradient_clipping to 0 (DeepSpeed clips at 1.0 by default), or use sum_over="mean"'
+        )
+    stage = engine.zero_optimization_stage()
+    by_engine = stage == 0 or (stage < 3 and not engine.zero_reduce_scatter())
+    divided_after = by_engine and engine.gradient_average and engine.postscale_gradients()
+    return 1.0 if divided_after else float(reducer.transport.size)
 
 
 def _refuse_several_groups(engine: Any, optimizer: QODA) -> None:

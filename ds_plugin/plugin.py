@@ -48,7 +48,7 @@ def add_telemetry(engine: Any, telemetry: Telemetry) -> None:
 
     Args:
         engine: an engine with a "qoda" block.
-        telemetry: made with `rank=engine.global_rank`; closed with the engine.
+        telemetry: made with `rank=engine.global_rank`; closing it is left to the caller.
     """
     reducer_of(engine).report_to(telemetry)
 

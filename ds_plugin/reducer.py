@@ -126,9 +126,14 @@ class GradientReducer:
             raise ConfigError('worker_norms: the "qoda" block has them off; add "worker_norms": true')
         return self._vectors.last
 
-    def report_to(self, telemetry: Telemetry) -> None:
-        """Send one record per step to a telemetry from now on."""
-        self._reports.append(_Report(telemetry))
+    def report_to(self, telemetry: Telemetry, close: bool = False) -> None:
+        """Send one record per step to a telemetry from now on.
+
+        Args:
+            telemetry: receives them.
+            close: close it with the engine.
+        """
+        self._reports.append(_Report(telemetry, close))
 
     def agree(self, settings: Mapping[str, Any]) -> None:
         """Compare everything that ranks must agree on; a collective call that waits.
@@ -278,7 +283,8 @@ class GradientReducer:
     def close(self) -> None:
         """Finish the telemetries that were made for this engine."""
         for report in self._reports:
-            report.telemetry.close()
+            if report.closes:
+                report.telemetry.close()
         self._reports = []
 
     def _begin_step(self) -> None:
@@ -393,8 +399,9 @@ class GradientReducer:
 class _Report:
     """A telemetry, and what it knows."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, telemetry: Telemetry, closes: bool) -> None:
         self.telemetry = telemetry
+        self.closes = closes
         self._known: dict[str, Codebook] = {}
 
     def write(

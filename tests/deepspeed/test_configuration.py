@@ -1,0 +1,132 @@
+"""The "qoda" block before a run: its errors, settings that are refused, the command line, DeepSpeed's version."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+
+import ds_plugin
+from ds_plugin.__main__ import main
+from ds_plugin.config import parse_block, read_file, refuse_unsupported
+from ds_plugin.versions import HOOKS, check_version, missing_features
+from hvd_qoda.config import QodaConfig
+from hvd_qoda.errors import ConfigError, UnsupportedError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_block_is_the_shared_schema() -> None:
+    block = {"bits": 4, "layers": [{"type": "embedding", "bits": 8}]}
+    assert parse_block({"train_batch_size": 8, "qoda": block}) == QodaConfig(**block)
+    assert parse_block({"qoda": {}}) == QodaConfig()
+    assert parse_block({"train_batch_size": 8}) is None
+
+
+def test_the_environment_overrides_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CGX_COMPRESSION_QUANTIZATION_BITS", "6")
+    config = parse_block({"qoda": {"bits": 4, "bucket_size": 256}})
+    assert config is not None
+    assert (config.bits, config.bucket_size) == (6, 256)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"bitz": 5}, ["bitz: unknown key", "did you mean 'bits'"]),
+        ({"bits": 9}, ["bits=9"]),
+        ({"bits": "5"}, ["bits='5'"]),
+        ([5], ["must map keys to values"]),
+    ],
+)
+def test_mistakes_name_the_block_and_the_key(block: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_block({"qoda": block}, "ds.json")
+    for word in ['ds.json, block "qoda"', *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size"),
+        ({"sparse_gradients": True}, "sparse_gradients"),
+        ({"optimizer": {"type": "Muon"}}, "optimizer.type"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_by_name(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(UnsupportedError, match=key):
+        refuse_unsupported(settings, QodaConfig())
+
+
+def test_worker_norms_need_one_exchange_per_step() -> None:
+    config = QodaConfig(worker_norms=True)
+    with pytest.raises(UnsupportedError, match="gradient_accumulation_steps"):
+        refuse_unsupported({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4}, config)
+    refuse_unsupported({"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 4}, config)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad, none = (tmp_path / f"{name}.json" for name in ("good", "bad", "none"))
+    good.write_text(json.dumps({"qoda": {"bits": 4}}))
+    bad.write_text(json.dumps({"qoda": {"bits": 40}}))
+    none.write_text("{}")
+    assert main(["check", str(good)]) == 0
+    shown = capsys.readouterr().out
+    assert "bits: 4" in shown
+    assert "ds_plugin.require(engine)" in shown
+    assert main(["check", str(bad)]) == 1
+    assert "bits=40" in capsys.readouterr().err
+    assert main(["check", str(none)]) == 1
+    assert "uncompressed" in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "absent.json")]) == 1
+
+
+def test_a_file_that_is_no_object(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="maps keys to values"):
+        read_file(path)
+
+
+def test_the_installed_deepspeed_has_every_hook() -> None:
+    assert missing_features() == []
+
+
+def test_a_moved_hook_is_noticed() -> None:
+    hook = next(hook for hook in HOOKS if hook.method == "average_tensor")
+    moved = dataclasses.replace(hook, method="average_tensors")
+    other = dataclasses.replace(hook, parameters=("tensor",))
+    inside = dataclasses.replace(hook, calls=("self.allreduce_and_gather(",))
+    found = missing_features([hook, moved, other, inside])
+    assert len(found) == 3
+    assert "average_tensors does not exist" in found[0]
+    assert "takes tensor, communication_data_type, expected tensor" in found[1]
+    assert "does not contain 'self.allreduce_and_gather('" in found[2]
+
+
+@pytest.mark.parametrize("version", ["0.19.7", "0.20.0", "unknown"])
+def test_other_versions_are_refused(version: str) -> None:
+    with pytest.raises(UnsupportedError, match="works with DeepSpeed"):
+        check_version(version)
+
+
+def test_this_version_is_supported() -> None:
+    check_version(deepspeed.__version__)
+
+
+def test_the_plug_in_imports_without_deepspeed_but_without_its_functions() -> None:
+    program = "import sys; sys.modules['deepspeed'] = None; import ds_plugin; print(hasattr(ds_plugin, 'require'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
+    assert hasattr(ds_plugin, "require")
