@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 
 from ds_plugin.engine import EngineState, state_of
@@ -49,7 +50,7 @@ def save(
     private = state.reducer.private_state()
     if private is not None:
         torch.save(private, _private_file(save_dir, tag, engine))
-        state.reducer.barrier()
+        deepspeed.comm.barrier()
     return result
 
 
@@ -115,7 +116,6 @@ def _restore(engine: Any, state: EngineState, saved: dict[str, Any], folder: Pat
         else:
             _logger.warning("there is no file %s: the last gradients of this rank are taken for zero", file)
     state.reducer.load_state_dict(saved, private)
-    state.reducer.agree({"loaded from": folder.name, "private state": private is not None})
 
 
 def _private_file(folder: str | os.PathLike[str], tag: str, engine: Any) -> Path:

@@ -13,10 +13,12 @@ from ds_plugin.config import BLOCK, parse_block, refuse_unsupported
 from ds_plugin.monitor import MonitorSink
 from ds_plugin.optimizers import adapt_optimizer, worker_sums
 from ds_plugin.reducer import GradientReducer
+from ds_plugin.reports import Reports
 from ds_plugin.slices import BufferMap, Piece, joined, whole_parameters
 from hvd_qoda.agreement import check_agreement
 from hvd_qoda.config import QodaConfig
 from hvd_qoda.errors import ConfigError, UnsupportedError
+from hvd_qoda.session import Session
 from hvd_qoda.telemetry import Telemetry
 from hvd_qoda.torch_distributed import TorchTransport
 from qoda_kernels.worker_threads import allotted_threads
@@ -42,10 +44,12 @@ class EngineState:
     def __init__(self, engine: Any, config: QodaConfig) -> None:
         named = list(engine.module.named_parameters())
         shapes = {name: tuple(p.ds_shape) for name, p in named if hasattr(p, "ds_shape")}
-        registry = config.build_registry(engine.module, shapes)
+        reports = Reports()
+        session = Session(engine.module, config, reports, shapes=shapes)
         self._names = {id(parameter): name for name, parameter in named}
         self._parameters = [parameter for _, parameter in named]  # keeps the ids from being used again
-        self.reducer = GradientReducer(config, registry, engine.seq_data_parallel_group, allotted_threads(os.environ))
+        group, threads = engine.seq_data_parallel_group, allotted_threads(os.environ)
+        self.reducer = GradientReducer(session, reports, group, threads, _settings(engine))
 
     def name_of(self, parameter: torch.Tensor) -> str:
         """Name of a parameter of the model.
@@ -164,7 +168,7 @@ def configure(engine: Any, make_optimizer: Callable[[], None]) -> None:
     refuse_unsupported(values, config)
     _refuse_parallelism(engine)
     state = EngineState(engine, config)
-    state.reducer.agree(_settings(engine))
+    state.reducer.agree()
     backend.install()
     with worker_sums(engine, state.reducer):
         make_optimizer()
@@ -174,7 +178,7 @@ def configure(engine: Any, make_optimizer: Callable[[], None]) -> None:
     _active.add(id(engine))
     if engine.monitor.enabled:
         sink = MonitorSink(engine.monitor, engine.train_batch_size())
-        state.reducer.report_to(Telemetry([sink], rank=engine.global_rank), close=True)
+        state.reducer.reports.add(Telemetry([sink], rank=engine.global_rank), close=True)
 
 
 def release(engine: Any) -> None:

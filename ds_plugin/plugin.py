@@ -50,7 +50,7 @@ def add_telemetry(engine: Any, telemetry: Telemetry) -> None:
         engine: an engine with a "qoda" block.
         telemetry: made with `rank=engine.global_rank`; closing it is left to the caller.
     """
-    reducer_of(engine).report_to(telemetry)
+    reducer_of(engine).reports.add(telemetry)
 
 
 check_version(deepspeed.__version__)

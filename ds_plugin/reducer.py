@@ -1,10 +1,9 @@
-"""What an engine's gradients go through: plans, exchanges, levels, telemetry; one reducer per engine.
+"""What an engine's gradients go through: plans and exchanges of its buckets; one reducer per engine.
 
 Steps and exchanges. DeepSpeed reduces a model in buckets, and with ZeRO 2 and 3 in every micro-batch. Each bucket is an
 exchange with a number of its own, on which the random numbers depend. A step begins with the first bucket after the
-engine's last optimizer step and ends before its next one; levels change at a beginning and nowhere else, statistics and
-worker norms are exchanged at an end, so that between steps all ranks hold the same state. Steps that the loss scaler
-skips count like any other.
+engine's last optimizer step and ends before its next one; what belongs to a step is the session's (`hvd_qoda.session`).
+Steps that the loss scaler skips count like any other.
 
 Schemes. Where only one rank keeps a coordinate (ZeRO 1, 2, 3), a bucket is quantized once and each slice sent to its
 owner; with exchange="allgather" to everybody, as in the paper. Where all keep it, the exchanges are those of Horovod.
@@ -20,31 +19,26 @@ from typing import Any
 import torch
 
 from ds_plugin.backend import HostReduction
+from ds_plugin.reports import Reports
 from ds_plugin.slices import Piece
-from hvd_qoda.agreement import check_agreement
 from hvd_qoda.config import QodaConfig
-from hvd_qoda.errors import ConfigError, RankMismatchError, UnsupportedError
-from hvd_qoda.exchange import Exchange, ReduceToOwnerExchange, Stamp, make_exchange
-from hvd_qoda.level_updates import LevelUpdates
+from hvd_qoda.errors import UnsupportedError
+from hvd_qoda.exchange import Exchange, Stamp
 from hvd_qoda.optim.worker_norms import WorkerNorms
+from hvd_qoda.reduce_to_owner import ReduceToOwnerExchange
+from hvd_qoda.schemes import make_exchange
+from hvd_qoda.session import Session
 from hvd_qoda.staging import cpu_values
-from hvd_qoda.step_account import StepAccount
-from hvd_qoda.telemetry import Telemetry
 from hvd_qoda.torch_distributed import TorchTransport
-from hvd_qoda.traffic import Traffic, TrafficMeter, all_reduce_bytes, reduce_scatter_bytes
-from hvd_qoda.transport import all_gather_bytes
-from hvd_qoda.worker_vectors import ExactVector, WorkerVectors
-from qoda_kernels import __version__
-from qoda_kernels.codebook import Codebook
+from hvd_qoda.traffic import Traffic, all_reduce_bytes, reduce_scatter_bytes
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.registry import CodebookRegistry
-from qoda_kernels.wire import WIRE_VERSION
 from qoda_kernels.worker_threads import WorkerThreads
 
 __all__ = ["GradientReducer"]
 
-STATE_FORMAT = 1
 _MOST_ROUTES = 1024  # different buckets whose exchanges are kept: models with varying graphs make ever new ones
+_PRIVATE = "rank_private"  # key of the session's state
 
 
 @dataclass(frozen=True)
@@ -61,54 +55,57 @@ class _Route:
     keys: tuple[str, ...]
     exchange: Exchange | None
 
+    def key_of_piece(self, index: int) -> str:
+        """Under which the session knows a piece that the host has reduced."""
+        return f"{self.number}.{index}"
+
 
 class GradientReducer:
     """Reduces the gradients of one engine.
 
     Args:
-        config: the configuration; the same on every rank.
-        registry: layer types and codebooks of the model.
+        session: of the engine's model.
+        reports: what the session reports to.
         group: the data-parallel process group, among whose ranks levels and settings are agreed on.
         threads: threads of the codec.
+        settings: of DeepSpeed, that ranks must agree on.
     """
 
-    def __init__(self, config: QodaConfig, registry: CodebookRegistry, group: Any, threads: int) -> None:
-        self._config = config
-        self._registry = registry
-        self._meter = TrafficMeter()
-        self._transports: dict[Any, TorchTransport] = {}
+    def __init__(
+        self, session: Session, reports: Reports, group: Any, threads: int, settings: Mapping[str, Any]
+    ) -> None:
+        self._session = session
+        self.reports = reports
         self._group = group
         self._threads = WorkerThreads(threads)
-        self._levels = LevelUpdates(config.update_levels, registry)
-        self._vectors = WorkerVectors() if config.worker_norms else None
+        self._settings = dict(settings)
+        self._transports: dict[Any, TorchTransport] = {}
         self._routes: OrderedDict[Any, _Route] = OrderedDict()
         self._routes_made = 0
-        self._reports: list[_Report] = []
-        self._reported_bytes = 0
-        self._account = StepAccount()
-        self._step = 0  # number of the step under way, or finished last
+        self._saved_routes: dict[str, Mapping[str, Any]] = {}  # of a checkpoint that is being loaded, by number
         self._exchanges = 0  # number of the exchange under way, or finished last
         self._in_step = False
+        session.use_route(self)
 
     @property
     def config(self) -> QodaConfig:
         """The configuration."""
-        return self._config
+        return self._session.config
 
     @property
     def registry(self) -> CodebookRegistry:
         """Layer types and codebooks, with the levels of the step under way or finished last."""
-        return self._registry
+        return self._session.registry
 
     @property
     def step(self) -> int:
         """Number of the step under way, or finished last, over the whole training; the first one is 1."""
-        return self._step
+        return self._session.step
 
     @property
     def traffic(self) -> Traffic:
         """What this rank has handed to collectives for gradients since the reducer was made."""
-        return self._meter.traffic
+        return self._session.traffic
 
     @property
     def transport(self) -> TorchTransport:
@@ -122,45 +119,15 @@ class GradientReducer:
             ConfigError: unless configured with "worker_norms": true.
             QodaError: before the first step has finished.
         """
-        if self._vectors is None:
-            raise ConfigError('worker_norms: the "qoda" block has them off; add "worker_norms": true')
-        return self._vectors.last
+        return self._session.worker_norms()
 
-    def report_to(self, telemetry: Telemetry, close: bool = False) -> None:
-        """Send one record per step to a telemetry from now on.
-
-        Args:
-            telemetry: receives them.
-            close: close it with the engine.
-        """
-        self._reports.append(_Report(telemetry, close))
-
-    def agree(self, settings: Mapping[str, Any]) -> None:
+    def agree(self) -> None:
         """Compare everything that ranks must agree on; a collective call that waits.
-
-        Args:
-            settings: the host's settings.
 
         Raises:
             RankMismatchError: on every rank, naming what differs.
         """
-        described = self._registry.describe()
-        description = {
-            "version of hvd_qoda": __version__,
-            "wire version": WIRE_VERSION,
-            "configuration": self._config.to_dict(),
-            "DeepSpeed": dict(settings),
-            "parameter": {
-                entry["name"]: f"{entry['dtype']} {entry['shape']}, type {entry['layer_type']}, as {entry['codebook']}"
-                for entry in described["parameters"]
-            },
-            "order of parameters": [entry["name"] for entry in described["parameters"]],
-            "codebook": {key: str(fields) for key, fields in described["codebooks"].items()},
-            "step": self._step,
-            "exchanges": self._exchanges,
-            "levels": self._levels.state_dict(),
-        }
-        check_agreement(self.transport, description, "ds_plugin.agreement")
+        self._session.agree(self.transport)
 
     def reduce(
         self, flat: torch.Tensor, pieces: Sequence[Piece], group: Any, average: bool, host: HostReduction
@@ -192,8 +159,9 @@ class GradientReducer:
             return
         staged = cpu_values(flat)
         values = [staged[piece.position : piece.end] for piece in pieces]
-        route.exchange.start(values, Stamp(self._config.seed, self._exchanges, self._registry.version))
-        self._observe(route, pieces, values, raw_bytes)
+        route.exchange.start(values, Stamp(self.config.seed, self._exchanges, self.registry.version))
+        self._account(route.exchange, raw_bytes)
+        self._session.observe(str(route.number), route.exchange, values)
         route.exchange.finish(values, scale=1.0 if average else float(transport.size))
         if flat.device.type != "cpu":
             flat.copy_(staged)
@@ -204,38 +172,33 @@ class GradientReducer:
         Raises:
             UnsupportedError: if no gradient has come by in the first step: the host has another way for them.
         """
-        if not self._in_step:
-            if self._step == 0 and self.transport.size > 1:
-                raise UnsupportedError(
-                    "DeepSpeed takes its first optimizer step, and no gradient has come by ds_plugin: they were "
-                    'reduced on a way that it does not know, or not at all. Remove the "qoda" block to train without '
-                    "compression."
-                )
-            return
-        self._in_step = False
-        self._levels.end_step(self._step, self._registry, self.transport)
-        if self._vectors is not None:
-            order = {str(route.number): None for route in self._routes.values()}
-            self._vectors.end_step(order, self.transport)
-        sent = self._meter.traffic.sent_bytes
-        for report in self._reports:
-            report.write(self._step, self._config, self._registry, self._account, sent - self._reported_bytes)
-        self._reported_bytes = sent
+        if self._in_step:
+            self._in_step = False
+            keys = [
+                key
+                for route in sorted(self._routes.values(), key=lambda route: route.number)
+                for key in (str(route.number), *(route.key_of_piece(index) for index in range(len(route.keys))))
+            ]
+            self._session.end_step(self.transport, keys)
+        elif self.step == 0 and self.transport.size > 1:
+            raise UnsupportedError(
+                "DeepSpeed takes its first optimizer step, and no gradient has come by ds_plugin: they were reduced on "
+                'a way that it does not know, or not at all. Remove the "qoda" block to train without compression.'
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        """What all ranks have in common, of plain values; with `private_state` all that a resumed run needs."""
-        return {
-            "format": STATE_FORMAT,
-            "step": self._step,
-            "exchanges": self._exchanges,
-            "ranks": self.transport.size,
-            "registry": self._registry.state_dict(),
-            "levels": self._levels.state_dict(),
-        }
+        """What all ranks have in common, of plain values; with `private_state` all that a resumed run needs.
+
+        Raises:
+            QodaError: between a backward pass and the step that belongs to it.
+        """
+        common = {key: value for key, value in self._session.state_dict().items() if key != _PRIVATE}
+        return {"session": common, "exchanges": self._exchanges, "ranks": self.transport.size}
 
     def private_state(self) -> dict[str, Any] | None:
         """What only this rank has (tensors); None if there is nothing such."""
-        if self._vectors is None:
+        private = self._session.state_dict()[_PRIVATE]
+        if private is None:
             return None
         routes = [
             {
@@ -245,11 +208,10 @@ class GradientReducer:
             }
             for (pieces, dtype, _), route in self._routes.items()
         ]
-        rank, size = self.transport.rank, self.transport.size
-        return {"rank": rank, "ranks": size, "routes": routes, **self._vectors.state_dict()}
+        return {"routes": routes, "session": private}
 
     def load_state_dict(self, state: Mapping[str, Any], private: Mapping[str, Any] | None) -> None:
-        """Go on where the states were taken.
+        """Go on where the states were taken; a collective call that waits.
 
         Args:
             state: from `state_dict`, on any rank.
@@ -258,51 +220,56 @@ class GradientReducer:
         Raises:
             ConfigError: for something else than such a state.
             RegistryError: for the state of another model or of other codebooks.
-            RankMismatchError: for the private state of another rank.
+            RankMismatchError: for the private state of another rank, or if the ranks have loaded different states.
         """
-        if state.get("format") != STATE_FORMAT:
-            raise ConfigError(
-                f"the plug-in's state has format {state.get('format')!r}; this version reads {STATE_FORMAT}"
-            )
-        self._registry = self._registry.restored(state["registry"])
-        self._routes.clear()
-        self._routes_made = 0
-        self._levels.load_state_dict(state["levels"])
-        self._step, self._exchanges, self._in_step = int(state["step"]), int(state["exchanges"]), False
-        for report in self._reports:
-            report.telemetry.rewind(self._step)
-        if self._vectors is not None:
-            self._vectors.forget()
-            if private is not None:
-                self._load_private_state(self._vectors, private)
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        all_gather_bytes(self.transport, b"0", [1] * self.transport.size, "ds_plugin.barrier")
+        self._saved_routes = {} if private is None else {str(saved["number"]): saved for saved in private["routes"]}
+        own = None if private is None else private["session"]
+        self._session.load_state_dict({**state["session"], _PRIVATE: own})
+        self._saved_routes = {}
+        self._exchanges, self._in_step = int(state["exchanges"]), False
+        self.agree()
 
     def close(self) -> None:
         """Finish the telemetries that were made for this engine."""
-        for report in self._reports:
-            if report.closes:
-                report.telemetry.close()
-        self._reports = []
+        self.reports.close()
+
+    def description(self) -> Mapping[str, Any]:
+        """See `hvd_qoda.session.GradientRoute`."""
+        return {"DeepSpeed": self._settings, "exchanges": self._exchanges}
+
+    def connect(self) -> TorchTransport:
+        """See `hvd_qoda.session.GradientRoute`."""
+        return self.transport
+
+    def exchange_of(self, key: str, dtype: torch.dtype) -> Exchange | None:
+        """See `hvd_qoda.session.GradientRoute`; asked only while a checkpoint is loaded."""
+        # All up to this one, in their order, so that they get their numbers again.
+        for number in sorted(map(int, self._saved_routes)):
+            saved = self._saved_routes[str(number)]
+            pieces = tuple(Piece(**fields) for fields in saved["pieces"])
+            route = self._route(pieces, getattr(torch, saved["dtype"]), self._group)
+            if number == int(key):
+                return route.exchange
+        return None
+
+    def forget(self) -> None:
+        """See `hvd_qoda.session.GradientRoute`."""
+        self._routes.clear()
+        self._routes_made = 0
 
     def _begin_step(self) -> None:
         if self._in_step:
             return
         self._in_step = True
-        self._step += 1
-        self._account = StepAccount()
-        registry = self._levels.begin_step(self._step, self._registry, self.transport)
-        if registry is not self._registry:
-            self._registry = registry
+        if self._session.begin_step(self.transport):
             for route in self._routes.values():
                 if route.exchange is not None:
-                    route.exchange.use_codebooks(registry.codebooks)
+                    route.exchange.use_codebooks(self.registry.codebooks)
 
     def _transport(self, group: Any) -> TorchTransport:
         if group not in self._transports:
-            self._transports[group] = TorchTransport(group, meter=self._meter, timeout_s=self._config.timeout_s)
+            meter, timeout_s = self._session.meter, self.config.timeout_s
+            self._transports[group] = TorchTransport(group, meter=meter, timeout_s=timeout_s)
         return self._transports[group]
 
     def _route(self, pieces: tuple[Piece, ...], dtype: torch.dtype, group: Any) -> _Route:
@@ -316,11 +283,11 @@ class GradientReducer:
         return self._routes[key]
 
     def _new_route(self, pieces: tuple[Piece, ...], dtype: torch.dtype, group: Any) -> _Route:
-        entries = [self._registry.parameters[piece.parameter] for piece in pieces]
+        entries = [self.registry.parameters[piece.parameter] for piece in pieces]
         keys = tuple(entry.codebook for entry in entries)
         number, self._routes_made = self._routes_made, self._routes_made + 1
         transport = self._transport(group)
-        codebooks = self._registry.codebooks
+        codebooks = self.registry.codebooks
         if transport.size == 1 or all(codebooks[key].is_exact for key in keys):
             return _Route(number, keys, None)
         slices = [
@@ -330,89 +297,34 @@ class GradientReducer:
         plan = MessagePlan.build(slices, codebooks)
         name = f"ds_plugin.bucket.{number}"
         owners = [piece.owner for piece in pieces if piece.owner is not None]
-        exchange: Exchange
-        if owners and self._config.exchange != "allgather":
-            exchange = ReduceToOwnerExchange(plan, owners, codebooks, transport, name, self._threads)
+        scheme = "by_bytes" if self.config.exchange == "auto" else self.config.exchange
+        if owners and scheme != "allgather":
+            exchange: Exchange = ReduceToOwnerExchange(plan, owners, codebooks, transport, name, self._threads)
         else:
-            exchange = make_exchange(self._config.exchange, plan, codebooks, transport, name, self._threads)
+            exchange = make_exchange(scheme, plan, codebooks, transport, name, self._threads)
         return _Route(number, keys, exchange)
 
     def _leave_to_host(
         self, flat: torch.Tensor, pieces: Sequence[Piece], route: _Route, raw_bytes: float, host: HostReduction
     ) -> None:
-        if self._vectors is not None:
-            values = [flat[piece.position : piece.end] for piece in pieces]  # without padding
-            self._vectors.add(str(route.number), ExactVector(cpu_values(torch.cat(values)).clone()))
-        host.run()
-        self._meter.host(host.kind, raw_bytes)
         total = sum(piece.length for piece in pieces)
-        for key, piece in zip(route.keys, pieces, strict=True):
+        for index, (key, piece) in enumerate(zip(route.keys, pieces, strict=True)):
+            values = flat[piece.position : piece.end]
+            self._session.observe_exact(route.key_of_piece(index), key, values)
             share = raw_bytes * piece.length / total
-            self._account.add(key, piece.length, share, share)
-            if self._measures_error:
-                self._account.add_exact(key)
+            self._session.account(key, piece.length, share, share)
+        host.run()
+        self._session.meter.host(host.kind, raw_bytes)
 
-    def _observe(
-        self, route: _Route, pieces: Sequence[Piece], values: Sequence[torch.Tensor], raw_bytes: float
-    ) -> None:
-        """Bytes, statistics, error and norms of a bucket that has just been encoded."""
-        exchange = route.exchange
-        assert exchange is not None  # the host's buckets do not come here
+    def _account(self, exchange: Exchange, raw_bytes: float) -> None:
+        """Divide a bucket's bytes among its codebooks."""
         segments = exchange.plan.segments
         occupied = sum(segment.end - segment.begin for segment in segments)
-        total = sum(piece.length for piece in pieces)
-        for key, piece, segment, value in zip(route.keys, pieces, segments, values, strict=True):
+        total = exchange.plan.coordinates
+        for segment in segments:
+            length = segment.slice.length
             sent = exchange.sent_bytes * (segment.end - segment.begin) / occupied
-            self._account.add(key, piece.length, raw_bytes * piece.length / total, sent)
-            if self._levels.wants(self._step, key):
-                self._levels.gather(piece.parameter, value, self._registry)
-        if self._vectors is None and not self._measures_error:
-            return
-        own = exchange.own_message()
-        if self._measures_error:
-            for key, value, decoded in zip(route.keys, values, own.decode(), strict=True):
-                self._account.add_error(key, value, decoded)
-        if self._vectors is not None:
-            self._vectors.add(str(route.number), own)
-
-    @property
-    def _measures_error(self) -> bool:
-        every = self._config.measure_error_every
-        return every > 0 and (self._step - 1) % every == 0
-
-    def _load_private_state(self, vectors: WorkerVectors, private: Mapping[str, Any]) -> None:
-        ours = (self.transport.rank, self.transport.size)
-        theirs = (private["rank"], private["ranks"])
-        if ours != theirs:
-            raise RankMismatchError(
-                f"the state was saved by position {theirs[0]} of {theirs[1]} ranks and is loaded at position {ours[0]} "
-                f"of {ours[1]}"
-            )
-        exchanges: dict[str, Exchange | None] = {}
-        for saved in sorted(private["routes"], key=lambda route: route["number"]):
-            pieces = tuple(Piece(**fields) for fields in saved["pieces"])
-            route = self._route(pieces, getattr(torch, saved["dtype"]), self._group)
-            exchanges[str(saved["number"])] = route.exchange
-        vectors.load_state_dict(private, lambda name, dtype: exchanges[name])
-
-
-class _Report:
-    """A telemetry, and what it knows."""
-
-    def __init__(self, telemetry: Telemetry, closes: bool) -> None:
-        self.telemetry = telemetry
-        self.closes = closes
-        self._known: dict[str, Codebook] = {}
-
-    def write(
-        self, step: int, config: QodaConfig, registry: CodebookRegistry, account: StepAccount, sent_bytes: int
-    ) -> None:
-        codebooks = registry.codebooks
-        if not self._known:
-            self.telemetry.start(config.to_dict(), {key: book.to_dict() for key, book in codebooks.items()})
-        changed = [key for key, book in codebooks.items() if self._known.get(key) != book]
-        self.telemetry.log_exchange(step, account.records(codebooks, sent_bytes, changed), registry.version)
-        self._known = dict(codebooks)
+            self._session.account(segment.slice.codebook, length, raw_bytes * length / total, sent)
 
 
 def _check_inside(flat: torch.Tensor, pieces: Sequence[Piece]) -> None:

@@ -7,8 +7,7 @@
   the key); phase 2 sends the owners' messages to everybody. Two quantizations; a rank sends 2 (K-1)/K n bytes. The
   owner uses what it has sent, decoded, like everybody else: else its replica would differ from the others. Gradients
   of 16 bits count as float32 here, so that the mean is not rounded twice: codes take the same bytes, exact values more.
-- `ReduceToOwnerExchange`: every slice goes to the one rank that keeps the result, as with partitioned optimizer states.
-  One quantization; a rank sends about (K-1)/K n bytes.
+- `hvd_qoda.reduce_to_owner.ReduceToOwnerExchange`: every slice goes to the one rank that keeps the result.
 - `hvd_qoda.hierarchical.HierarchicalExchange`: exact inside a host, one of these two between hosts.
 
 All are started without waiting. `Exchange.advance` does whatever can be done without waiting, such as moving from
@@ -24,7 +23,7 @@ from typing import Protocol
 
 import torch
 
-from hvd_qoda.errors import PlanError, QodaError, RankMismatchError, WireError
+from hvd_qoda.errors import QodaError, RankMismatchError, WireError
 from hvd_qoda.traffic import all_gather_bytes, all_to_all_bytes
 from hvd_qoda.transport import Handle, Transport, wait_until
 from qoda_kernels.codebook import Codebook
@@ -40,7 +39,6 @@ __all__ = [
     "OwnMessage",
     "PendingExchanges",
     "ReduceScatterExchange",
-    "ReduceToOwnerExchange",
     "Stamp",
     "exchange_by_bytes",
 ]
@@ -245,7 +243,9 @@ class AllGatherExchange:
     def _own_message(
         self, message: torch.Tensor, stamp: Stamp, share: "Share", codebooks: Mapping[str, Codebook]
     ) -> "OwnMessage":
-        return OwnMessage(message, stamp, self._transport.rank, self.plan, (share,), _used(self.plan, codebooks))
+        return OwnMessage(
+            message, stamp, self._transport.rank, self.plan, (share,), used_codebooks(self.plan, codebooks)
+        )
 
     def _make_share(self, codebooks: Mapping[str, Codebook]) -> "Share":
         return Share(self.plan, pieces_of(self.plan, self.plan), Codec(self.plan, codebooks, self._threads))
@@ -375,7 +375,7 @@ class ReduceScatterExchange:
     def _own_message(
         self, message: torch.Tensor, stamp: Stamp, shares: tuple["Share", ...], codebooks: Mapping[str, Codebook]
     ) -> "OwnMessage":
-        return OwnMessage(message, stamp, self._transport.rank, self.plan, shares, _used(self.plan, codebooks))
+        return OwnMessage(message, stamp, self._transport.rank, self.plan, shares, used_codebooks(self.plan, codebooks))
 
     def _make_shares(self, codebooks: Mapping[str, Codebook]) -> tuple["Share", ...]:
         plans = self._wide.split(self._transport.size)
@@ -398,115 +398,6 @@ class ReduceScatterExchange:
         codec = self._shares[rank].codec
         codec.decode_mean(messages, contexts, out=self._mean, scale=1.0 / size)
         codec.encode(self._mean, self._stamp.context(1, rank, rank), out=self._mean_message)
-
-
-class ReduceToOwnerExchange:
-    """Every slice goes to the rank that keeps it; see the module's docstring.
-
-    Args:
-        plan: layout of the tensors.
-        owners: position of the rank that keeps each segment.
-        codebooks: codebooks of the plan's keys.
-        transport: the ranks.
-        name: of the collective: the same on every rank, and its own for every exchange.
-        threads: what runs the codec; by default the calling thread.
-
-    Raises:
-        PlanError: unless every segment has an owner among the ranks.
-    """
-
-    def __init__(
-        self,
-        plan: MessagePlan,
-        owners: Sequence[int],
-        codebooks: Mapping[str, Codebook],
-        transport: Transport,
-        name: str,
-        threads: WorkerThreads | None = None,
-    ) -> None:
-        if len(owners) != len(plan.segments) or not all(0 <= owner < transport.size for owner in owners):
-            raise PlanError(
-                f"{len(plan.segments)} segments need as many owners among {transport.size} ranks; got {list(owners)}"
-            )
-        self.plan = plan
-        self.waiting_for = f"{name}.all_to_all"
-        self._owners = tuple(owners)
-        self._transport = transport
-        self._threads = threads
-        self.use_codebooks(codebooks)
-        self._bytes = [share.plan.message_bytes for share in self._shares]
-        self._message = torch.empty(sum(self._bytes), dtype=torch.uint8)
-        self._handle: Handle | None = None
-        self._stamp = Stamp(0, 0, 0)
-
-    @property
-    def sent_bytes(self) -> int:
-        """See `Exchange`."""
-        return all_to_all_bytes(self._bytes, self._transport.rank)
-
-    def use_codebooks(self, codebooks: Mapping[str, Codebook]) -> None:
-        """See `Exchange`."""
-        self._codebooks = codebooks
-        self._shares = self._make_shares(codebooks)
-
-    def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
-        """See `Exchange`."""
-        self._stamp = stamp
-        rank, size = self._transport.rank, self._transport.size
-        for owner, (share, message) in enumerate(zip(self._shares, self._message.split(self._bytes), strict=True)):
-            parts = [piece.of(values) for piece in share.pieces]
-            share.codec.encode(parts, stamp.context(0, rank, owner), out=message)
-        received = [self._bytes[rank]] * size
-        self._handle = self._transport.start_all_to_all(self._message, self._bytes, received, self.waiting_for)
-
-    def advance(self) -> bool:
-        """See `Exchange`."""
-        return True
-
-    def ready(self) -> bool:
-        """See `Exchange`."""
-        return _under_way(self._handle).ready()
-
-    def finish(self, out: Sequence[torch.Tensor], scale: float = 1.0) -> None:
-        """See `Exchange`; only the tensors of the segments that this rank keeps are written."""
-        handle, self._handle = _under_way(self._handle), None
-        messages = handle.wait()
-        rank, size = self._transport.rank, self._transport.size
-        share = self._shares[rank]
-        contexts = [self._stamp.context(0, source, rank) for source in range(size)]
-        targets = [piece.of(out) for piece in share.pieces]
-        share.codec.decode_mean(messages, contexts, out=targets, scale=scale / size)
-
-    def drop(self) -> None:
-        """See `Exchange`."""
-        if self._handle is not None:
-            handle, self._handle = self._handle, None
-            handle.wait()
-
-    def own_message(self) -> "OwnMessage":
-        """See `Exchange`."""
-        return self._own_message(self._message.clone(), self._stamp, self._shares, self._codebooks)
-
-    def restore_own_message(
-        self, message: torch.Tensor, stamp: Stamp, codebooks: Mapping[str, Codebook]
-    ) -> "OwnMessage":
-        """See `Exchange`."""
-        return self._own_message(message, stamp, self._make_shares(codebooks), codebooks)
-
-    def _own_message(
-        self, message: torch.Tensor, stamp: Stamp, shares: tuple["_Share", ...], codebooks: Mapping[str, Codebook]
-    ) -> "OwnMessage":
-        return OwnMessage(message, stamp, self._transport.rank, self.plan, shares, _used(self.plan, codebooks))
-
-    def _make_shares(self, codebooks: Mapping[str, Codebook]) -> tuple["_Share", ...]:
-        shares = []
-        for rank in range(self._transport.size):
-            kept = [index for index, owner in enumerate(self._owners) if owner == rank]
-            slices = [self.plan.segments[index].slice for index in kept]
-            plan = MessagePlan.build(slices, codebooks)
-            pieces = tuple(_Piece(index, 0, part.length) for index, part in zip(kept, slices, strict=True))
-            shares.append(_Share(plan, pieces, Codec(plan, codebooks, self._threads)))
-        return tuple(shares)
 
 
 @dataclass(frozen=True)
@@ -661,7 +552,7 @@ def pieces_of(plan: MessagePlan, share: MessagePlan) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def _used(plan: MessagePlan, codebooks: Mapping[str, Codebook]) -> dict[str, Codebook]:
+def used_codebooks(plan: MessagePlan, codebooks: Mapping[str, Codebook]) -> dict[str, Codebook]:
     return {segment.slice.codebook: codebooks[segment.slice.codebook] for segment in plan.segments}
 
 

@@ -25,15 +25,30 @@ from hvd_qoda.exchange import Exchange, Stamp
 from hvd_qoda.level_updates import LevelUpdates
 from hvd_qoda.optim.worker_norms import WorkerNorms
 from hvd_qoda.step_account import StepAccount
-from hvd_qoda.telemetry import Telemetry
+from hvd_qoda.telemetry import LayerTypeRecord
 from hvd_qoda.traffic import Traffic, TrafficMeter
 from hvd_qoda.transport import Transport
 from hvd_qoda.worker_vectors import ExactVector, WorkerVectors
 from qoda_kernels.codebook import Codebook
 
-__all__ = ["GradientRoute", "Session"]
+__all__ = ["ExchangeReports", "GradientRoute", "Session"]
 
 STATE_FORMAT = 2
+
+
+class ExchangeReports(Protocol):
+    """Whoever is told what the steps have exchanged; see the methods of `Telemetry`."""
+
+    def start(
+        self, config: Mapping[str, Any] | None = None, codebooks: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        """The configuration and the code tables, before the first step."""
+
+    def log_exchange(self, step: int | None, layer_types: Iterable[LayerTypeRecord], registry_version: int) -> None:
+        """What a step has exchanged."""
+
+    def rewind(self, step: int) -> None:
+        """The steps after this one come once more."""
 
 
 class GradientRoute(Protocol):
@@ -63,6 +78,7 @@ class Session:
         config: the configuration; the same on every rank.
         telemetry: receives one record per step.
         name: what the names of its collectives begin with; the same on every rank.
+        shapes: parameter name -> its shape, where the host keeps only a part of it in each process.
 
     Raises:
         RegistryError: for layer rules that match nothing, settings that no codebook can have, or a name given twice.
@@ -72,8 +88,9 @@ class Session:
         self,
         parameters: nn.Module | Iterable[tuple[str, torch.Tensor]],
         config: QodaConfig,
-        telemetry: Telemetry | None = None,
+        telemetry: ExchangeReports | None = None,
         name: str = "",
+        shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         pairs = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
         repeated = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -81,7 +98,7 @@ class Session:
             raise RegistryError(f"parameter names are not unique: {', '.join(repeated)}")
         self.parameters = dict(pairs)
         self.config = config
-        self.registry = config.build_registry(parameters if isinstance(parameters, nn.Module) else pairs)
+        self.registry = config.build_registry(parameters if isinstance(parameters, nn.Module) else pairs, shapes)
         # The digest, because exchanges of several models may be under way at once.
         self.name = f"hvd_qoda.{name}.{self.registry.digest.hex()}"
         self.lock = threading.RLock()  # with several devices the hosts' hooks run in several threads
@@ -141,6 +158,15 @@ class Session:
         """Let ranks compare their descriptions once more before the next step."""
         self._agreed_with = None
 
+    def agree(self, transport: Transport) -> None:
+        """Compare what ranks must agree on now, not before the next step; a collective call that waits.
+
+        Raises:
+            RankMismatchError: on every rank, if they do not.
+        """
+        check_agreement(transport, self._description())
+        self._agreed_with = transport
+
     def begin_step(self, transport: Transport, roll_call: Callable[[str], None] = lambda name: None) -> bool:
         """Begin a step; a collective call that waits, if this is the first one with this transport or levels change.
 
@@ -157,8 +183,7 @@ class Session:
         if self._agreed_with is not transport:
             # Under a name of its own, because this session's name depends on what is to be agreed upon.
             roll_call("hvd_qoda.agreement.roll_call")
-            check_agreement(transport, self._description())
-            self._agreed_with = transport
+            self.agree(transport)
         roll_call(f"{self.name}.roll_call")
         self.step += 1
         self._under_way = True
@@ -331,7 +356,7 @@ class Session:
         described = training_description(self._given_name, self.config, self.registry, self.step, self._levels)
         return {**described, **self._attached.description()}
 
-    def _report(self, telemetry: Telemetry, sent_bytes: int) -> None:
+    def _report(self, telemetry: ExchangeReports, sent_bytes: int) -> None:
         codebooks = self.registry.codebooks
         if not self._reported_codebooks:
             telemetry.start(self.config.to_dict(), {key: book.to_dict() for key, book in codebooks.items()})
