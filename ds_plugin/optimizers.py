@@ -17,7 +17,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 
 from ds_plugin.reducer import GradientReducer
 from hvd_qoda.errors import UnsupportedError
-from hvd_qoda.optim import QODA, QODAdam
+from hvd_qoda.optim import QODA, QODAdam, WorkerNorms
 from hvd_qoda.optim.state import EagerStateOptimizer
 from hvd_qoda.transport import all_gather_array
 
@@ -61,7 +61,12 @@ def worker_sums(engine: Any, reducer: GradientReducer) -> Iterator[None]:
     if engine.optimizer_name() != QODA.__name__ or parameters.get("sum_over") != "workers":
         yield
         return
-    sources = {"worker_norms": reducer.worker_norms, "gradient_scale": _gradient_scale(engine, reducer)}
+
+    def norms() -> WorkerNorms:
+        # Wrappers of 16-bit models take a step with zero gradients to have state created.
+        return reducer.worker_norms() if reducer.step else WorkerNorms(0.0, 0.0, reducer.transport.size)
+
+    sources = {"worker_norms": norms, "gradient_scale": _gradient_scale(engine, reducer)}
     engine._config.optimizer_params = {**parameters, **sources}
     try:
         yield

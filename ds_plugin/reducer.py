@@ -268,12 +268,14 @@ class GradientReducer:
 
     def _transport(self, group: Any) -> TorchTransport:
         if group not in self._transports:
-            meter, timeout_s = self._session.meter, self.config.timeout_s
-            self._transports[group] = TorchTransport(group, meter=meter, timeout_s=timeout_s)
+            made = TorchTransport(group, meter=self._session.meter, timeout_s=self.config.timeout_s)
+            # One for all groups of the same ranks: DeepSpeed has several, and a checkpoint does not tell them apart.
+            same = (known for known in self._transports.values() if known.ranks == made.ranks)
+            self._transports[group] = next(same, made)
         return self._transports[group]
 
     def _route(self, pieces: tuple[Piece, ...], dtype: torch.dtype, group: Any) -> _Route:
-        key = (pieces, dtype, group)
+        key = (pieces, dtype, self._transport(group).ranks)
         if key in self._routes:
             self._routes.move_to_end(key)
             return self._routes[key]

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "launch" / "cluster"
 ON_HOSTS = CLUSTER / "train_on_hosts.sh"
 SLURM = CLUSTER / "slurm.sbatch"
+DEEPSPEED_ON_HOSTS = CLUSTER / "deepspeed_on_hosts.sh"
+DEEPSPEED_SLURM = CLUSTER / "deepspeed.sbatch"
 SHOW = '#!/bin/sh\nprintf "%s\\n" "$@"\n'
 
 
@@ -39,7 +41,7 @@ def fake_programs(folder: Path, **contents: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("script", [ON_HOSTS, SLURM], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [ON_HOSTS, SLURM, DEEPSPEED_ON_HOSTS, DEEPSPEED_SLURM], ids=lambda path: path.name)
 def test_scripts_are_sound(script: Path) -> None:
     assert run(["bash", "-n", script]).returncode == 0
     assert os.access(script, os.X_OK)
@@ -98,6 +100,41 @@ def test_slurm_starts_as_many_ranks_as_the_job_has(tmp_path: Path) -> None:
     shown = outcome.stdout.splitlines()
     assert shown[:5] == ["--gloo", "-np", "6", "-H", "n3:3,n4:3"]
     assert shown[-4:] == ["--threads", "4", "--steps", "9"]
+
+
+def test_deepspeed_gets_the_hostfile_and_the_options(tmp_path: Path) -> None:
+    programs = fake_programs(tmp_path / "bin", deepspeed=SHOW, python=SHOW)
+    hostfile = CLUSTER / "hostfile.example"
+    outcome = run(
+        [DEEPSPEED_ON_HOSTS, hostfile, "--zero", "3", "--data", "a folder"],
+        PYTHON=str(programs / "python"),
+        MASTER_ADDR="10.0.0.1",
+        DEEPSPEED_ARGUMENTS="--master_port 29501",
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    program = str(ROOT / "launch" / "train" / "language_model.py")
+    expected = ["--hostfile", str(hostfile), "--master_addr", "10.0.0.1", "--master_port", "29501", program]
+    assert outcome.stdout.splitlines() == [*expected, "--zero", "3", "--data", "a folder"]
+    assert run([DEEPSPEED_ON_HOSTS, tmp_path / "absent"]).returncode == 2
+
+
+def test_slurm_starts_torchrun_on_every_node(tmp_path: Path) -> None:
+    scontrol = '#!/bin/sh\nprintf "n3\\nn4\\n"\n'
+    programs = fake_programs(tmp_path / "bin", srun=SHOW, scontrol=scontrol, python=SHOW)
+    outcome = run(
+        [DEEPSPEED_SLURM, "--zero", "1"],
+        cwd=tmp_path,
+        PATH=f"{programs}:{os.environ['PATH']}",
+        PYTHON="python",
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SLURM_JOB_NODELIST="n[3-4]",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_ID="77",
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    shown = outcome.stdout.splitlines()
+    assert shown[:7] == ["python", "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    assert shown[-5:] == ["--rdzv-endpoint", "n3:29500", "launch/train/language_model.py", "--zero", "1"]
 
 
 def test_the_kubernetes_job_is_complete() -> None:

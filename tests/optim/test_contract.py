@@ -370,9 +370,24 @@ def test_state_follows_parameters_that_a_host_exchanges(build: Build) -> None:
     optimizer = build(parameters)
     partition = torch.nn.Parameter(torch.ones(8))
     optimizer.param_groups[0]["params"] = [partition]
+    optimizer.forget_state_of_others()
     advance(optimizer, [partition], first=0, count=1)
     assert list(optimizer.state) == [partition]
     assert len(optimizer.state_dict()["state"]) == 1
+
+
+def test_state_of_a_group_that_is_hidden_during_a_step_stays(build: Build) -> None:
+    """ZeRO steps one group at a time."""
+    parameters = new_parameters()
+    optimizer = build([{"params": parameters[:1]}, {"params": parameters[1:]}])
+    advance(optimizer, parameters, first=0, count=1)
+    before = {name: value.clone() for name, value in optimizer.state[parameters[1]].items()}
+    groups = optimizer.param_groups
+    optimizer.param_groups = groups[:1]
+    advance(optimizer, parameters[:1], first=1, count=1)
+    optimizer.param_groups = groups
+    for name, value in optimizer.state[parameters[1]].items():
+        assert torch.equal(value, before[name])
 
 
 def test_loading_the_state_of_another_optimizer_is_an_error(build: Build) -> None:
