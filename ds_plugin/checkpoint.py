@@ -1,8 +1,8 @@
 """The plug-in's state in DeepSpeed's checkpoints.
 
 What all ranks have in common (levels, statistics, numbers of steps and exchanges) is saved in the client state under
-"qoda", by DeepSpeed itself. What only one rank has (with worker_norms its last messages) is saved beside it, by every
-rank, in qoda_rank_<rank>.pt.
+"qoda", by DeepSpeed itself. What only one rank has (its last messages with worker_norms, its residuals with
+error_feedback) is saved beside it, by every rank, in qoda_rank_<rank>.pt.
 """
 
 import logging
@@ -102,19 +102,19 @@ def load(
 
 def _restore(engine: Any, state: EngineState, saved: dict[str, Any], folder: Path) -> None:
     private = None
-    if state.reducer.config.worker_norms:
+    if state.reducer.has_private_state:
         file = _private_file(folder.parent, folder.name, engine)
         if saved["ranks"] != state.reducer.transport.size:
             _logger.warning(
-                "the checkpoint was saved by %s ranks, and now there are %s: the single ranks' last gradients are "
-                "taken for zero",
+                "the checkpoint was saved by %s ranks, and now there are %s: what only single ranks know (their last "
+                "gradients or residuals) is taken for zero",
                 saved["ranks"],
                 state.reducer.transport.size,
             )
         elif file.is_file():
             private = torch.load(file, map_location="cpu", weights_only=True)
         else:
-            _logger.warning("there is no file %s: the last gradients of this rank are taken for zero", file)
+            _logger.warning("there is no file %s: this rank's last gradients or residuals are taken for zero", file)
     state.reducer.load_state_dict(saved, private)
 
 

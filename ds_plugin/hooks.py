@@ -75,9 +75,21 @@ def _destroy(original: Method, engine: Any) -> None:
 
 def _take_model_step(original: Method, engine: Any, *args: Any, **kwargs: Any) -> None:
     state = state_of(engine)
-    if state is not None:
-        state.reducer.end_step()
+    if state is None:
+        original(engine, *args, **kwargs)
+        return
+    state.reducer.end_step()
+    before = _loss_scale(engine)
     original(engine, *args, **kwargs)
+    state.reducer.loss_scale_changed(_loss_scale(engine) / before)
+
+
+def _loss_scale(engine: Any) -> float:
+    if not engine.fp16_enabled():
+        return 1.0
+    # Without ZeRO the optimizer keeps a configuration of its scaler, with ZeRO the scale itself.
+    config = getattr(engine.optimizer, "loss_scale_config", None)
+    return float(engine.optimizer.loss_scale if config is None else config.cur_scale)
 
 
 def _allreduce_bucket_of_engine(original: Method, engine: Any, bucket: Any, *args: Any, **kwargs: Any) -> Any:

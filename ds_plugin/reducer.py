@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ds_plugin.backend import HostReduction
@@ -31,6 +32,7 @@ from hvd_qoda.session import Session
 from hvd_qoda.staging import cpu_values
 from hvd_qoda.torch_distributed import TorchTransport
 from hvd_qoda.traffic import Traffic, all_reduce_bytes, reduce_scatter_bytes
+from hvd_qoda.transport import all_gather_array
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.registry import CodebookRegistry
 from qoda_kernels.worker_threads import WorkerThreads
@@ -85,7 +87,13 @@ class GradientReducer:
         self._saved_routes: dict[str, Mapping[str, Any]] = {}  # of a checkpoint that is being loaded, by number
         self._exchanges = 0  # number of the exchange under way, or finished last
         self._in_step = False
+        self._is_finite = True  # what has arrived on this rank in the step under way
         session.use_route(self)
+
+    @property
+    def has_private_state(self) -> bool:
+        """Whether `private_state` is not None."""
+        return self.config.worker_norms or self.config.error_feedback
 
     @property
     def config(self) -> QodaConfig:
@@ -159,10 +167,14 @@ class GradientReducer:
             return
         staged = cpu_values(flat)
         values = [staged[piece.position : piece.end] for piece in pieces]
-        route.exchange.start(values, Stamp(self.config.seed, self._exchanges, self.registry.version))
+        sent = self._session.corrected(route.exchange, values)
+        stamp = Stamp(self.config.seed, self._exchanges, self.registry.version, self.config.dither)
+        route.exchange.start(sent, stamp)
         self._account(route.exchange, raw_bytes)
-        self._session.observe(str(route.number), route.exchange, values)
+        self._session.observe(str(route.number), route.exchange, sent)
         route.exchange.finish(values, scale=1.0 if average else float(transport.size))
+        if self.config.error_feedback:
+            self._is_finite = self._is_finite and _all_finite(values, pieces, transport.rank)
         if flat.device.type != "cpu":
             flat.copy_(staged)
 
@@ -174,6 +186,7 @@ class GradientReducer:
         """
         if self._in_step:
             self._in_step = False
+            self._agree_on_overflow()
             keys = [
                 key
                 for route in sorted(self._routes.values(), key=lambda route: route.number)
@@ -185,6 +198,15 @@ class GradientReducer:
                 "DeepSpeed takes its first optimizer step, and no gradient has come by ds_plugin: they were reduced on "
                 'a way that it does not know, or not at all. Remove the "qoda" block to train without compression.'
             )
+
+    def loss_scale_changed(self, factor: float) -> None:
+        """Keep what error feedback has kept in the unit of the gradients to come.
+
+        Args:
+            factor: new loss scale / old one.
+        """
+        if self.config.error_feedback and factor != 1.0:
+            self._session.error_feedback.scale(factor)
 
     def state_dict(self) -> dict[str, Any]:
         """What all ranks have in common, of plain values; with `private_state` all that a resumed run needs.
@@ -266,6 +288,14 @@ class GradientReducer:
                 if route.exchange is not None:
                     route.exchange.use_codebooks(self.registry.codebooks)
 
+    def _agree_on_overflow(self) -> None:
+        """Let error feedback forget a step on all ranks if one of them has received what is not finite."""
+        if self.config.error_feedback:
+            flags = all_gather_array(self.transport, np.array([self._is_finite]), "ds_plugin.finite")
+            if not flags.all():
+                self._session.arrived(torch.tensor(float("inf")))
+        self._is_finite = True
+
     def _transport(self, group: Any) -> TorchTransport:
         if group not in self._transports:
             made = TorchTransport(group, meter=self._session.meter, timeout_s=self.config.timeout_s)
@@ -341,6 +371,12 @@ def _check_inside(flat: torch.Tensor, pieces: Sequence[Piece]) -> None:
             f"DeepSpeed reduces a {flat.dtype} {list(flat.shape)}, and the gradients announced for it end at place "
             f"{position}: ds_plugin does not know what this is"
         )
+
+
+def _all_finite(values: Sequence[torch.Tensor], pieces: Sequence[Piece], rank: int) -> bool:
+    """Whether all is finite of what this rank keeps."""
+    kept = (value for value, piece in zip(values, pieces, strict=True) if piece.owner in (None, rank))
+    return all(bool(torch.isfinite(value).all()) for value in kept)
 
 
 def _host_bytes(host: HostReduction, payload: int, size: int) -> float:

@@ -86,10 +86,10 @@ class ReduceToOwnerExchange:
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
         self._stamp = stamp
-        rank = self._transport.rank
+        rank, size = self._transport.rank, self._transport.size
         for owner, (share, message) in enumerate(zip(self._shares, self._message.split(self._bytes), strict=True)):
             parts = [piece.of(values) for piece in share.pieces]
-            share.codec.encode(parts, stamp.context(0, rank, owner), out=message)
+            share.codec.encode(parts, stamp.context(0, rank, owner, size), out=message)
         self._send()
 
     def start_refused(self, reason: str) -> None:

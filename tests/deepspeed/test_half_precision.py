@@ -36,6 +36,10 @@ def overflowing(stage: int, dtype: str, qoda: dict[str, Any] | None) -> dict[str
         }
 
 
+def with_error_feedback(stage: int) -> dict[str, Any]:
+    return overflowing(stage, "fp16", {"bits": 3, "error_feedback": True})
+
+
 def compared(stage: int, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return overflowing(stage, dtype, None), overflowing(stage, dtype, {"bits": 5})
 
@@ -49,6 +53,15 @@ def test_an_overflow_is_skipped_as_without_the_plug_in(two_ranks: RankPool, stag
         assert found["skipped"] == plain["skipped"] == 1
         assert found["finite"]
     assert ranks[0][1]["digest"] == ranks[1][1]["digest"]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_residuals_forget_a_skipped_step_on_all_ranks(two_ranks: RankPool, stage: int) -> None:
+    ranks = two_ranks.run(with_error_feedback, stage)
+    for found in ranks:
+        assert found["applied"] == [True, True, True, False, True, True]
+        assert found["finite"]
+    assert ranks[0]["digest"] == ranks[1]["digest"]
 
 
 def test_in_bf16_too_where_deepspeed_looks_for_it(two_ranks: RankPool) -> None:
