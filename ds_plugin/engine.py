@@ -166,7 +166,7 @@ def configure(engine: Any, make_optimizer: Callable[[], None]) -> None:
         make_optimizer()
         return
     refuse_unsupported(values, config)
-    _refuse_parallelism(engine)
+    _refuse_parallelism(engine, config)
     state = EngineState(engine, config)
     state.reducer.agree()
     backend.install()
@@ -199,13 +199,15 @@ def _agree_on_the_block(engine: Any, config: QodaConfig | None) -> None:
     check_agreement(transport, {f'"{BLOCK}" block': block, **zero}, "ds_plugin.block")
 
 
-def _refuse_parallelism(engine: Any) -> None:
+def _refuse_parallelism(engine: Any, config: QodaConfig) -> None:
     if engine.pipeline_parallelism:
         raise UnsupportedError(f'the "{BLOCK}" block does not support PipelineModule: use ZeRO, or leave the block out')
     if engine.sequence_parallel_size > 1:
         raise UnsupportedError(f'the "{BLOCK}" block does not support sequence parallelism: leave the block out')
     if engine.mpu is not None and engine.mp_world_size > 1:
         raise UnsupportedError(f'the "{BLOCK}" block does not support model parallelism: leave the block out')
+    if engine.has_moe_layers and config.worker_norms:
+        raise UnsupportedError(f"{BLOCK}.worker_norms is one sum over one model, and ranks hold different experts")
 
 
 def _settings(engine: Any) -> dict[str, Any]:

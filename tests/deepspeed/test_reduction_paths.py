@@ -56,6 +56,8 @@ PATHS: dict[str, dict[str, Any]] = {
     "stage 2, accumulation and clipping": {"stage": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 0.1},
     "stage 2, aligned parameters": {"stage": 2, "zero_optimization": {"parameter_alignment": True}},
     "stage 2, bf16 with fp32 communication": {"stage": 2, "dtype": "bf16", "communication_data_type": "fp32"},
+    "stage 2, accumulation in the caller's hands": {"stage": 2, "managed_gradient_accumulation": False},
+    "stage 2, autocast": {"stage": 2, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     "stage 3, small buckets, not overlapping": {
         "stage": 3,
         "zero_optimization": {"reduce_bucket_size": 9000, "overlap_comm": False},

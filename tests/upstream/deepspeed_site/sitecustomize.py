@@ -1,0 +1,71 @@
+"""Puts the plug-in into every process that DeepSpeed's own tests start; used by `run_deepspeed_tests.py`.
+
+DeepSpeed's tests run in processes that they spawn, which import nothing of ours. Python imports this module when it
+starts, from a folder that only those tests have on their path. Every configuration without a "qoda" block gets one. At
+the end a process writes how many steps went through the plug-in, so that a test cannot pass by not using it.
+"""
+
+import atexit
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+BITS_VARIABLE, COUNT_VARIABLE = "HVD_QODA_UPSTREAM_BITS", "HVD_QODA_UPSTREAM_COUNTS"
+
+
+def _substitute(deepspeed: Any) -> None:
+    import ds_plugin
+
+    bits = int(os.environ[BITS_VARIABLE])
+    original = deepspeed.initialize
+    engines: list[Any] = []
+    # Else every process compiles it; the CPU's collectives work without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    def initialize(*arguments: Any, config: Any = None, config_params: Any = None, **more: Any) -> Any:
+        config = config_params if config is None else config
+        if isinstance(config, (str, os.PathLike)):
+            config = json.loads(Path(config).read_text())
+        if isinstance(config, dict):
+            config.setdefault("qoda", {"bits": bits, "levels": "uniform"})
+        result = original(*arguments, config=config, **more)
+        engines.append(result[0])
+        return result
+
+    def tell() -> None:
+        states = [vars(engine).get("qoda_state") for engine in engines]
+        steps = sum(state.reducer.step for state in states if state is not None)
+        with Path(os.environ[COUNT_VARIABLE]).open("a") as file:
+            file.write(f"{len(engines)} {steps}\n")
+
+    deepspeed.initialize = initialize
+    atexit.register(tell)
+    assert ds_plugin.require is not None
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Lets DeepSpeed be imported as ever, and then substitutes."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "deepspeed":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _substitute(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader
+        return spec
+
+
+if os.environ.get(BITS_VARIABLE):
+    sys.meta_path.insert(0, _AfterImport())
