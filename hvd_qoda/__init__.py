@@ -9,6 +9,7 @@ optimizer = hvd.DistributedOptimizer(
 from hvd_qoda import ddp
 from hvd_qoda.compression import Compression
 from hvd_qoda.config import LayerRule, QodaConfig, UpdateLevels
+from hvd_qoda.distributed_optimizer import DistributedOptimizer
 from hvd_qoda.errors import (
     CodebookError,
     ConfigError,
@@ -31,6 +32,7 @@ __all__ = [
     "Compression",
     "ConfigError",
     "ConsoleSink",
+    "DistributedOptimizer",
     "ExchangeTimeoutError",
     "JsonLinesSink",
     "LayerRule",

@@ -9,6 +9,7 @@ own the exchanges. They say when steps begin and end, and hand over what they ha
 """
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -31,7 +32,7 @@ from hvd_qoda.transport import Transport
 from hvd_qoda.worker_vectors import ExactVector, WorkerVectors
 from qoda_kernels.codebook import Codebook
 
-__all__ = ["ExchangeReports", "GradientRoute", "Session"]
+__all__ = ["ExchangeReports", "GradientRoute", "Session", "sparse_parameters"]
 
 STATE_FORMAT = 2
 
@@ -97,6 +98,8 @@ class Session:
         if repeated:
             raise RegistryError(f"parameter names are not unique: {', '.join(repeated)}")
         self.parameters = dict(pairs)
+        # Those that are known to have sparse gradients.
+        self.sparse_parameters = sparse_parameters(parameters) if isinstance(parameters, nn.Module) else frozenset()
         self.config = config
         self.registry = config.build_registry(parameters if isinstance(parameters, nn.Module) else pairs, shapes)
         # The digest, because exchanges of several models may be under way at once.
@@ -106,7 +109,8 @@ class Session:
         self.step = 0  # number of the step under way, or finished last
         self.gradient_order: tuple[str, ...] | None = None  # in which backward makes them, where a route has found out
         self._given_name = name
-        self._route: GradientRoute | None = None
+        # Weak, so that a route ends with its optimizer, and its hooks with it.
+        self._route: weakref.ref[GradientRoute] | None = None
         self._levels = LevelUpdates(config.update_levels, self.registry)
         self._vectors = WorkerVectors() if config.worker_norms else None
         self._feedback = ErrorFeedback() if config.error_feedback else None
@@ -145,14 +149,15 @@ class Session:
 
     def use_route(self, route: GradientRoute) -> None:
         """Let this route exchange the gradients from now on."""
-        if self._route is not None:
-            self._route.forget()
-        self._route = route
+        before = None if self._route is None else self._route()
+        if before is not None:
+            before.forget()
+        self._route = weakref.ref(route)
         self._agreed_with = None
 
     def is_used_by(self, route: GradientRoute) -> bool:
         """Whether `use_route` was called with this one last."""
-        return self._route is route
+        return self._route is not None and self._route() is route
 
     def agree_anew(self) -> None:
         """Let ranks compare their descriptions once more before the next step."""
@@ -261,7 +266,17 @@ class Session:
         if self._measures_error:
             self._account.add_exact(codebook)
         if self._vectors is not None:
-            self._vectors.add(key, ExactVector(gradient.detach().cpu().clone()))
+            self._vectors.add(key, ExactVector((gradient.detach().cpu().clone(),), (key,)))
+
+    def regroup_vectors(self, contents: Mapping[str, Sequence[str]]) -> None:
+        """Go on with other exchanges from the next step on, which carry other parameters together.
+
+        Args:
+            contents: key to be given to `observe` or `observe_exact` -> parameters, in order.
+        """
+        if self._vectors is not None:
+            sizes = {name: entry.numel for name, entry in self.registry.parameters.items()}
+            self._vectors.regroup(contents, sizes)
 
     def end_step(self, transport: Transport, order: Iterable[str]) -> None:
         """End a step when everything has arrived; a collective call that waits, in some steps or with worker norms.
@@ -343,9 +358,10 @@ class Session:
 
     @property
     def _attached(self) -> GradientRoute:
-        if self._route is None:
-            raise QodaError("a session without a route: call use_route() first")
-        return self._route
+        route = None if self._route is None else self._route()
+        if route is None:
+            raise QodaError("the optimizer that exchanged these gradients does not exist any more: make another one")
+        return route
 
     @property
     def _measures_error(self) -> bool:
@@ -393,3 +409,10 @@ class Session:
             self._vectors.load_state_dict(state, self._attached.exchange_of)
         if self._feedback is not None and "residuals" in state:
             self._feedback.load_state_dict(state)
+
+
+def sparse_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that get sparse gradients: those of `torch.nn` embeddings made with sparse=True."""
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+    weights = {id(embedding.weight) for embedding in embeddings}
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in weights)

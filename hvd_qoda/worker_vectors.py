@@ -7,7 +7,7 @@ order, for every exchange. Messages are kept, not vectors: at 5 bits they take a
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,19 @@ __all__ = ["ExactVector", "OwnVector", "WorkerVectors"]
 
 @dataclass(frozen=True)
 class ExactVector:
-    """A gradient that travelled unquantized; the same interface as `hvd_qoda.exchange.OwnMessage`."""
+    """Gradients that travelled unquantized; the same interface as `hvd_qoda.exchange.OwnMessage`.
 
-    values: torch.Tensor
+    Attributes:
+        values: the gradients.
+        parameters: theirs.
+    """
+
+    values: tuple[torch.Tensor, ...]
+    parameters: tuple[str, ...]
 
     def decode(self) -> list[torch.Tensor]:
-        """The gradient itself, in one tensor."""
-        return [self.values]
+        """The gradients themselves."""
+        return list(self.values)
 
 
 OwnVector = OwnMessage | ExactVector
@@ -65,11 +71,29 @@ class WorkerVectors:
         Raises:
             QodaError: if the parameter had another size in the step before.
         """
-        parts = [part.double() for part in vector.decode()]
+        parts = [part.double().view(-1) for part in vector.decode()]
         before = self._previous.get(parameter)
-        changes = parts if before is None else [a - b.double() for a, b in zip(parts, before.decode(), strict=True)]
+        changes = parts
+        if before is not None:
+            changes = [a - b.double().view(-1) for a, b in zip(parts, before.decode(), strict=True)]
         self._norms[parameter] = (_squared_norm(parts), _squared_norm(changes))
         self._current[parameter] = vector
+
+    def regroup(self, contents: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) -> None:
+        """Let the vectors before be those of other exchanges; what was in none of them is zero.
+
+        Args:
+            contents: key that `add` will be called with -> the parameters, in order.
+            sizes: elements of each parameter.
+        """
+        parts: dict[str, torch.Tensor] = {}
+        for vector in self._previous.values():
+            parts.update(zip(_parameters(vector), (part.view(-1) for part in vector.decode()), strict=True))
+        if parts:
+            self._previous = {
+                key: ExactVector(tuple(parts.get(n, torch.zeros(sizes[n])) for n in names), tuple(names))
+                for key, names in contents.items()
+            }
 
     def end_step(self, order: Iterable[str], transport: Transport) -> None:
         """Exchange this step's norms; a collective call that waits.
@@ -127,7 +151,7 @@ class WorkerVectors:
 
 def _vector_state(vector: OwnVector) -> dict[str, Any]:
     if isinstance(vector, ExactVector):
-        return {"values": vector.values}
+        return {"values": list(vector.values), "parameters": list(vector.parameters)}
     return {
         "message": vector.message,
         "dtype": str(vector.plan.segments[0].slice.dtype).removeprefix("torch."),
@@ -140,7 +164,7 @@ def _restored_vector(
     name: str, entry: Mapping[str, Any], exchange_of: Callable[[str, torch.dtype], Exchange | None]
 ) -> OwnVector:
     if "values" in entry:
-        return ExactVector(entry["values"])
+        return ExactVector(tuple(entry["values"]), tuple(entry["parameters"]))
     exchange = exchange_of(name, getattr(torch, entry["dtype"]))
     if exchange is None:
         raise ConfigError(
@@ -151,6 +175,12 @@ def _restored_vector(
     restored = exchange.restore_own_message(entry["message"], Stamp(**entry["stamp"]), codebooks)
     restored.decode()  # raises here rather than within a step
     return restored
+
+
+def _parameters(vector: OwnVector) -> tuple[str, ...]:
+    if isinstance(vector, ExactVector):
+        return vector.parameters
+    return tuple(segment.slice.parameter for segment in vector.plan.segments)
 
 
 def _squared_norm(parts: list[torch.Tensor]) -> float:

@@ -1,6 +1,5 @@
 import copy
 import json
-import logging
 import pickle
 import subprocess
 import sys
@@ -380,10 +379,11 @@ def test_mistakes_in_the_environment_name_the_variable(variable, text):
         QodaConfig.from_environment(environ={variable: text})
 
 
-def test_fusion_size_of_cgx_is_ignored_with_a_notice(caplog):
-    with caplog.at_level(logging.WARNING, logger="hvd_qoda.config"):
-        assert QodaConfig.from_environment(environ={"CGX_FUSION_BUFFER_SIZE_MB": "64"}) == QodaConfig()
-    assert "CGX_FUSION_BUFFER_SIZE_MB=64 is ignored" in caplog.text
+def test_fusion_size_of_cgx_is_read():
+    config = QodaConfig.from_environment(environ={"CGX_FUSION_BUFFER_SIZE_MB": "64"})
+    assert config == QodaConfig(fusion_buffer_mb=64)
+    with pytest.raises(ConfigError, match="fusion_buffer_mb=0: must be larger than 0"):
+        QodaConfig(fusion_buffer_mb=0)
 
 
 def test_keywords_before_environment_before_file_before_defaults(tmp_path):

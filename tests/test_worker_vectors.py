@@ -23,7 +23,7 @@ CODEBOOKS = {"body": Codebook.uniform(5)}
 
 
 def exact(*values: float) -> ExactVector:
-    return ExactVector(torch.tensor(values))
+    return ExactVector((torch.tensor(values),), ("a",))
 
 
 def test_norms_are_summed_over_ranks_and_parameters() -> None:

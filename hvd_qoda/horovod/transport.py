@@ -27,7 +27,7 @@ from hvd_qoda.transport import DEFAULT_TIMEOUT_S, Handle, wait_until
 
 __all__ = ["HorovodTransport", "join_error"]
 
-_HELD_BACK = 2
+_HELD_BACK = 2  # collectives, unless `HorovodTransport.hold_back_nothing` was called
 
 
 class HorovodTransport:
@@ -63,6 +63,7 @@ class HorovodTransport:
         self.size = int(self._process_set.size())
         self._next_roll_call: str | None = None
         self._roll_call: int | None = None
+        self._held_back = _HELD_BACK
         self._joined = False
         self._queue: deque[_HorovodHandle] = deque()
 
@@ -87,6 +88,27 @@ class HorovodTransport:
         """
         if self.size > 1 and self._process_set.process_set_id == 0:
             self._next_roll_call = name
+
+    def hold_back_nothing(self) -> None:
+        """Let the first collective after a roll call wait for the answer; then `begin_roll_call` in good time."""
+        self._held_back = 0
+
+    def begin_roll_call(self) -> None:
+        """Start the roll call that is required, if there is one; else the next collective does so."""
+        if self._next_roll_call is not None:
+            ones = torch.ones(1)
+            self.meter.all_reduce(ones.nbytes, self.size)
+            self._roll_call = hvd.allreduce_async_(ones, name=self._next_roll_call, op=hvd.Sum)
+            self._next_roll_call = None
+
+    def await_roll_call(self) -> None:
+        """Wait for the answer, and start what was held back.
+
+        Raises:
+            UnsupportedError: if a rank has joined.
+            ExchangeTimeoutError: if a rank does not answer in time.
+        """
+        wait_until(self.release, self.timeout_s, lambda: f"rank {hvd.rank()}: roll call of the ranks {self.ranks}")
 
     def start_all_gather(self, message: torch.Tensor, receive_bytes: Sequence[int], name: str) -> Handle:
         """See `hvd_qoda.transport.Transport`."""
@@ -121,13 +143,9 @@ class HorovodTransport:
     def _start(self, start: Callable[[], int], name: str, receive_bytes: Sequence[int]) -> Handle:
         handle = _HorovodHandle(self, start, name, receive_bytes)
         self._queue.append(handle)
-        if self._next_roll_call is not None:
-            ones = torch.ones(1)
-            self.meter.all_reduce(ones.nbytes, self.size)
-            self._roll_call = hvd.allreduce_async_(ones, name=self._next_roll_call, op=hvd.Sum)
-            self._next_roll_call = None
-        if self._roll_call is None or len(self._queue) > _HELD_BACK:
-            wait_until(self.release, self.timeout_s, lambda: f"rank {hvd.rank()}: roll call of the ranks {self.ranks}")
+        self.begin_roll_call()
+        if self._roll_call is None or len(self._queue) > self._held_back:
+            self.await_roll_call()
         return handle
 
     def release(self) -> bool:

@@ -22,13 +22,18 @@ class World:
     Args:
         session: whose gradients are exchanged.
         process_set: the Horovod process set; None for all ranks.
+        early_roll_call: whether a step's roll call starts with the step, and its first exchange waits for the answer;
+            else the first exchanges are held back meanwhile.
     """
 
-    def __init__(self, session: Session, process_set: Any) -> None:
+    def __init__(self, session: Session, process_set: Any, early_roll_call: bool = False) -> None:
         self._session = session
         self._process_set = process_set
         config: QodaConfig = session.config
+        self._early_roll_call = early_roll_call
         self.transport = HorovodTransport(process_set, session.meter, config.timeout_s)
+        if early_roll_call:
+            self.transport.hold_back_nothing()
         self.pending = PendingExchanges(config.timeout_s, f"rank {self.transport.ranks[self.transport.rank]}")
         self._threads = WorkerThreads(allotted_threads(os.environ))
         self._exchanges: list[Exchange] = []
@@ -41,6 +46,8 @@ class World:
         """Begin a step of the session, with a roll call; see `Session.begin_step`."""
         if self._session.begin_step(self.transport, self.transport.require_roll_call):
             self._use_codebooks(self._session.registry.codebooks)
+        if self._early_roll_call:
+            self.transport.begin_roll_call()
 
     def new_exchange(self, plan: MessagePlan, name: str) -> Exchange:
         """An exchange of this plan, by the configured scheme, which follows the session's codebooks.

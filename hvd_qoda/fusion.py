@@ -1,0 +1,124 @@
+"""Which gradients travel together: fusion buffers, filled in the order in which backward makes the gradients."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from hvd_qoda.traffic import all_gather_bytes, all_reduce_bytes
+from qoda_kernels.layout import MessagePlan, Slice
+from qoda_kernels.registry import COMPRESSIBLE_DTYPES, CodebookRegistry, ParameterEntry
+
+__all__ = ["Gradient", "Parcels", "fill_buffers", "parcels_of", "split_evenly", "with_groups"]
+
+_WORTH_A_COLLECTIVE_BYTES = 2**16  # half a millisecond at 1 Gbit/s
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What a fusion buffer needs to know of a gradient.
+
+    Attributes:
+        entry: its parameter.
+        dtype: its own dtype.
+    """
+
+    entry: ParameterEntry
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.entry.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Parcels:
+    """How the gradients of one fusion buffer travel.
+
+    Attributes:
+        plan: of the message; None where it would be empty.
+        by_host: those that the host reduces itself, in tensors of one dtype each.
+    """
+
+    plan: MessagePlan | None
+    by_host: Mapping[torch.dtype, tuple[str, ...]]
+
+
+def fill_buffers(sizes: Mapping[str, int], buffer_bytes: float) -> list[tuple[str, ...]]:
+    """Fusion buffers of about this size.
+
+    Args:
+        sizes: name -> bytes of its gradient, in the order in which gradients are made.
+        buffer_bytes: at most so many in a buffer; a larger gradient has one of its own.
+    """
+    buffers: list[tuple[str, ...]] = []
+    names: list[str] = []
+    filled = 0
+    for name, size in sizes.items():
+        if names and filled + size > buffer_bytes:
+            buffers.append(tuple(names))
+            names, filled = [], 0
+        names.append(name)
+        filled += size
+    return [*buffers, tuple(names)] if names else buffers
+
+
+def split_evenly(names: Sequence[str], count: int) -> list[tuple[str, ...]]:
+    """At most `count` fusion buffers of equally many gradients, or one more in the first ones."""
+    cuts = [len(names) * index // count for index in range(count + 1)]
+    return [tuple(names[begin:end]) for begin, end in pairwise(cuts) if begin < end]
+
+
+def with_groups(
+    sizes: Mapping[str, int], buffer_bytes: float, groups: Iterable[Iterable[str]]
+) -> list[tuple[str, ...]]:
+    """Fusion buffers of which each group has one of its own; the rest is filled by size.
+
+    Args:
+        sizes: as for `fill_buffers`.
+        buffer_bytes: likewise.
+        groups: names that stay together; those without a gradient are left out.
+    """
+    position = {name: index for index, name in enumerate(sizes)}
+    buffers = [tuple(sorted((n for n in group if n in position), key=position.__getitem__)) for group in groups]
+    grouped = {name for names in buffers for name in names}
+    rest = {name: size for name, size in sizes.items() if name not in grouped}
+    # In the order in which they become full.
+    return sorted((b for b in [*buffers, *fill_buffers(rest, buffer_bytes)] if b), key=lambda b: position[b[-1]])
+
+
+def parcels_of(gradients: Sequence[Gradient], registry: CodebookRegistry, size: int) -> Parcels:
+    """How the gradients of one fusion buffer travel.
+
+    What is not quantized travels in the message, too, as raw values that are added up in rank order, if the host's own
+    all-reduce would not save more bytes than another collective is worth: always with two ranks, and where there is
+    little of it. The host reduces what cannot be in a message: all dtypes but those of 16 and 32 bits. It cannot reduce
+    bfloat16.
+
+    Args:
+        gradients: in order, none of them empty.
+        registry: the codebooks.
+        size: number of ranks.
+    """
+    quantized = [g for g in gradients if _is_quantized(g, registry)]
+    exact = [g for g in gradients if not _is_quantized(g, registry)]
+    movable = sum(g.nbytes for g in exact if g.dtype in (torch.float32, torch.float16))
+    saved = all_gather_bytes(movable, size) - all_reduce_bytes(movable, size)
+    threshold = _WORTH_A_COLLECTIVE_BYTES if quantized else 0
+    in_message = {torch.bfloat16} | ({torch.float32, torch.float16} if saved <= threshold else set())
+    by_host: dict[torch.dtype, tuple[str, ...]] = {}
+    for gradient in exact:
+        if gradient.dtype not in in_message:
+            by_host[gradient.dtype] = (*by_host.get(gradient.dtype, ()), gradient.entry.name)
+    slices = [
+        Slice(g.entry.name, 0, g.entry.numel, g.dtype, g.entry.codebook, g.entry.offset)
+        for g in gradients
+        if _is_quantized(g, registry) or g.dtype in in_message
+    ]
+    return Parcels(MessagePlan.build(slices, registry.codebooks) if slices else None, by_host)
+
+
+def _is_quantized(gradient: Gradient, registry: CodebookRegistry) -> bool:
+    return gradient.dtype in COMPRESSIBLE_DTYPES and not registry.codebooks[gradient.entry.codebook].is_exact
