@@ -96,6 +96,10 @@ class _Overlapping(torch.optim.Optimizer):
             )
         super(self.__class__, self).zero_grad(set_to_none)
 
+    def fusion_buffers(self) -> list[tuple[str, ...]]:
+        """Names of the parameters in every fusion buffer, in the order in which buffers are sent; after a step."""
+        return [] if self._gradient_exchange is None else self._gradient_exchange.fusion_buffers
+
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Backward passes whose gradients are added up before they are exchanged; between steps."""
         if passes < 1:

@@ -99,6 +99,11 @@ class GradientExchange:
         """Whether backward has made gradients that have not been exchanged to the end."""
         return bool(self._counts or self._in_step)
 
+    @property
+    def fusion_buffers(self) -> list[tuple[str, ...]]:
+        """Parameters of every fusion buffer of the last step, in the order in which buffers are sent."""
+        return [buffer.names for buffer in self._buffers]
+
     def synchronize(self) -> None:
         """Exchange whatever has not been started, and wait for everything; a collective call.
 

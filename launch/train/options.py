@@ -13,6 +13,7 @@ from qoda_kernels.registry import LEVEL_SCHEMES
 OPTIMIZERS = ("qoda", "qodadam", "sgd", "adam")
 LEARNING_RATES = {"qoda": 3.0, "qodadam": 1e-3, "sgd": 5e-2, "adam": 1e-3}
 COMPRESSIONS = ("none", "fp16", "qoda")
+ROUTES = ("stock", "overlap")
 EXCHANGES = ("auto", "allgather", "reduce_scatter")
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -29,6 +30,8 @@ class Options:
     optimizer: str
     learning_rate: float
     compression: str
+    route: str
+    fusion_buffer_mb: float
     bits: int
     bucket_size: int
     levels: str
@@ -51,7 +54,7 @@ class Options:
         free = {"epochs", "steps", "wandb", "wandb_project", "run_dir", "resume", "checkpoint_every", "json"}
         free |= {"measure_error_every"}
         if self.compression != "qoda":
-            free |= {"bits", "bucket_size", "levels", "exchange", "min_numel"}
+            free |= {"bits", "bucket_size", "levels", "exchange", "min_numel", "fusion_buffer_mb"}
             free |= {"update_levels_at", "update_levels_every"}
         elif self.levels in ("uniform", "exponential"):
             free |= {"update_levels_at", "update_levels_every"}
@@ -132,6 +135,20 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     compression.add_argument(
         "--compression", choices=COMPRESSIONS, default="qoda", help="how gradients travel; none is plain Horovod fp32"
     )
+    compression.add_argument(
+        "--route",
+        choices=ROUTES,
+        default="stock",
+        help="stock: hvd.DistributedOptimizer, a message for each parameter; overlap: hvd_qoda.DistributedOptimizer, "
+        "fusion buffers sent while backward goes on (qoda)",
+    )
+    compression.add_argument(
+        "--fusion-buffer-mb",
+        type=_positive_float,
+        default=16.0,
+        metavar="MB",
+        help="megabytes (2^20 bytes) of gradients in one message (--route overlap)",
+    )
     compression.add_argument("--bits", type=int, choices=range(2, 9), default=5, help="bits per coordinate (qoda)")
     compression.add_argument(
         "--bucket-size", type=positive, default=512, help="coordinates that share one norm, a multiple of 128 (qoda)"
@@ -191,7 +208,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 def parse_options(description: str, arguments: Sequence[str] | None = None) -> Options:
     """Read a training run's options from `arguments` (the process's own if None); leaves with a message if wrong."""
-    values = vars(build_parser(description).parse_args(arguments))
+    parser = build_parser(description)
+    values = vars(parser.parse_args(arguments))
+    if values["route"] == "overlap" and values["compression"] != "qoda":
+        parser.error("--route overlap is for --compression qoda")
     if values["learning_rate"] is None:
         values["learning_rate"] = LEARNING_RATES[values["optimizer"]]
     if values["epochs"] is None and values["steps"] is None:

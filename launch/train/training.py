@@ -45,16 +45,11 @@ def prepare(options: Options, ranks: Ranks, dataset: Dataset, telemetry: Telemet
     steps = options.steps or max(1, math.ceil((options.epochs or 1.0) * batches.steps_per_epoch))
     torch.manual_seed(options.seed)
     model = DigitNet(width_of(options.model_size))
-    gradients = gradient_path(options, model, telemetry)
-    optimizer = hvd.DistributedOptimizer(
-        build_optimizer(options, model),
-        named_parameters=model.named_parameters(),
-        compression=gradients.compression,
-    )
+    gradients = gradient_path(options, model, build_optimizer(options, model), telemetry)
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     # From here on the ranks' random numbers differ, as a model with dropout would need.
     torch.manual_seed(options.seed * ranks.size + ranks.rank + 1)
-    return Training(options, ranks, dataset, batches, steps, model, gradients, optimizer, telemetry)
+    return Training(options, ranks, dataset, batches, steps, model, gradients, gradients.optimizer, telemetry)
 
 
 def train(training: Training, done: int, reporter: Reporter) -> None:

@@ -52,10 +52,6 @@ def overlapping(
     )
 
 
-def buffers_of(optimizer: Any) -> list[tuple[str, ...]]:
-    return [buffer.names for buffer in optimizer._gradient_exchange._buffers]
-
-
 # -- what arrives ----------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +232,7 @@ def collectives_of_a_step(scheme: str, fusion_buffer_mb: float) -> tuple[int, di
     train(model, optimizer, range(2))
     before = compression.traffic
     train(model, optimizer, [2])
-    return len(buffers_of(optimizer)), dict((compression.traffic - before).calls)
+    return len(optimizer.fusion_buffers()), dict((compression.traffic - before).calls)
 
 
 @pytest.mark.parametrize(("fusion_buffer_mb", "buffers"), [(100.0, 1), (SMALL_MB, 4)])
@@ -316,7 +312,7 @@ def order_is_observed() -> tuple[list[tuple[str, ...]], list[bytes]]:
         wanted = compressor.worker_norms()
         assert norms[step].squared_norms == pytest.approx(wanted.squared_norms, rel=1e-9)
         assert norms[step].squared_changes == pytest.approx(wanted.squared_changes, rel=1e-9)
-    return buffers_of(optimizer), bits_of(model.parameters())
+    return optimizer.fusion_buffers(), bits_of(model.parameters())
 
 
 def test_buffers_follow_the_order_of_the_first_backward(two_ranks: RankPool) -> None:
@@ -420,7 +416,7 @@ def frozen_thawed_and_added() -> list[bytes]:
             assert (wanted[name].grad - mean).norm() <= 0.3 * mean.norm(), name
         with optimizer.skip_synchronize():
             optimizer.step()
-        assert {name for names in buffers_of(optimizer) for name in names} >= trained
+        assert {name for names in optimizer.fusion_buffers() for name in names} >= trained
 
     step_and_check(0)
     for parameter in model[2].parameters():
@@ -666,7 +662,7 @@ def recorded(scheme: str) -> tuple[list[Any], int, int]:
         )
         optimizer = overlapping(model, compression, fusion_buffer_mb=0.1)
         train(model, optimizer, range(7))
-    return sink.records, compression.traffic.sent_bytes, len(buffers_of(optimizer))
+    return sink.records, compression.traffic.sent_bytes, len(optimizer.fusion_buffers())
 
 
 def test_records_explain_every_byte_and_levels_are_updated(four_ranks: RankPool) -> None:
@@ -704,6 +700,27 @@ def qoda_over_workers() -> list[list[float]]:
 
 def test_qoda_with_sum_over_workers(two_ranks: RankPool) -> None:
     results = two_ranks.run(qoda_over_workers)
+    assert results[0] == results[1]
+
+
+def residuals() -> list[bytes]:
+    """Error feedback works as under the stock optimizer: the same residuals, the same parameters."""
+    found = []
+    for ours in (True, False):
+        model = make_model()
+        compression = make_qoda(model, error_feedback=True, exchange="allgather")
+        optimizer = overlapping(model, compression) if ours else make_optimizer(model, compression)
+        train(model, optimizer, range(4))
+        residual = compression.error_feedback.residual("2.weight")
+        assert residual is not None
+        assert residual.norm() > 0
+        found.append((bits_of(model.parameters()), bits_of([residual])))
+    assert found[0] == found[1]
+    return found[0][0]
+
+
+def test_error_feedback(two_ranks: RankPool) -> None:
+    results = two_ranks.run(residuals)
     assert results[0] == results[1]
 
 

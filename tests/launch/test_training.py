@@ -62,9 +62,10 @@ def pools() -> Iterator[tuple[RankPool, RankPool]]:
     [
         ("--optimizer", "qodadam", "--compression", "qoda", "--exchange", "allgather", "--update-levels-at", "3,8"),
         ("--optimizer", "qoda", "--compression", "qoda", "--exchange", "reduce_scatter", "--update-levels-at", "5,7"),
+        ("--optimizer", "qodadam", "--route", "overlap", "--fusion-buffer-mb", "0.02", "--update-levels-at", "3,8"),
         ("--optimizer", "sgd", "--compression", "none"),
     ],
-    ids=["qodadam-allgather", "qoda-reduce_scatter", "sgd-fp32"],
+    ids=["qodadam-allgather", "qoda-reduce_scatter", "qodadam-overlap", "sgd-fp32"],
 )
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
     pools: tuple[RankPool, RankPool], tmp_path: Path, arguments: tuple[str, ...]
