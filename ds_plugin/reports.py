@@ -37,11 +37,17 @@ class Reports:
         for telemetry in self._all:
             telemetry.start(config, codebooks)
 
-    def log_exchange(self, step: int | None, layer_types: Iterable[LayerTypeRecord], registry_version: int) -> None:
+    def log_exchange(
+        self,
+        step: int | None,
+        layer_types: Iterable[LayerTypeRecord],
+        registry_version: int,
+        note: str | None = None,
+    ) -> None:
         """See `Telemetry.log_exchange`."""
         records = list(layer_types)
         for telemetry in self._all:
-            telemetry.log_exchange(step, records, registry_version)
+            telemetry.log_exchange(step, records, registry_version, note)
 
     def rewind(self, step: int) -> None:
         """See `Telemetry.rewind`."""

@@ -44,9 +44,10 @@ class Compression:
         Works with every option of `hvd.DistributedOptimizer` but op=hvd.Adasum, groups with sparse gradients, and
         `hvd.join()`. One compressor per model: with two optimizers whose steps alternate (a GAN), make one for each.
 
-        The exchange "auto" looks at bytes only, layer by layer: an all-gather with two ranks and for small layers;
-        where it saves 64 KiB or more, a reduce-scatter followed by an all-gather, which quantizes twice. It does not
-        measure the link.
+        The exchange "auto" measures the link and the codec before the first step, within about a second, predicts what
+        every scheme costs, tries the best few for some steps, and keeps the one with the shortest steps; that may be
+        "off", Horovod's own all-reduce. It looks again every 1,000 steps. As it depends on time, another run may choose
+        otherwise; a scheme that is named never changes. The choice is saved with the state.
 
         Args:
             model_or_named_parameters: the model; or (name, parameter) pairs, from whose names the layer types are then

@@ -211,7 +211,9 @@ class QodaConfig(_Model):
       heavy tails; biased) or 2^(bits-1) numbers. Default "adaptive".
     - `tails`: how levels that clip are fitted: `optimum`, `gmin`, `tail_share` (see `Tails`).
     - `coding`: "fixed", code words of `bits` bits; the only one in this version.
-    - `exchange`: "auto", "allgather" (quantized once) or "reduce_scatter" (twice, fewer bytes). Default "auto".
+    - `exchange`: "auto" (measures, and may choose "off"), "allgather" (quantized once), "reduce_scatter" (twice, fewer
+      bytes), "hierarchical" (exact inside a host), "by_bytes" (one of the first two, by bytes alone) or "off" (the
+      host's own all-reduce of all gradients). Default "auto".
     - `error_feedback`: whether what a message leaves out is added to the next gradient. Default false.
     - `seed`: seed of the random rounding, 0 to 2^64 - 1. Default 0.
     - `dither`: "independent", or "stratified": the ranks' random roundings are chosen so that their errors cancel in
@@ -238,7 +240,7 @@ class QodaConfig(_Model):
     norm_format: _NormFormat = "fp32"
     levels: _Levels = "adaptive"
     coding: Literal["fixed"] = "fixed"
-    exchange: Literal["auto", "allgather", "reduce_scatter"] = "auto"
+    exchange: Literal["auto", "allgather", "reduce_scatter", "hierarchical", "by_bytes", "off"] = "auto"
     error_feedback: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     dither: Literal["independent", "stratified"] = "independent"
@@ -261,6 +263,7 @@ class QodaConfig(_Model):
             raise ConfigError("; ".join(_sentence(type(self), details) for details in error.errors())) from None
         self._check_layer_types()
         self._check_updates()
+        self._check_own_messages()
 
     @field_validator("levels")
     @classmethod
@@ -379,6 +382,13 @@ class QodaConfig(_Model):
                     f"layers[{position}].type={layer.type!r}: no layer type{_nearest(layer.type, types)}; "
                     f"the types are {', '.join(types)}"
                 )
+
+    def _check_own_messages(self) -> None:
+        if self.exchange == "hierarchical" and (self.worker_norms or self.error_feedback):
+            raise ConfigError(
+                "exchange='hierarchical' quantizes the mean of each host's ranks, but worker_norms and error_feedback "
+                "need every rank's own quantized gradient; use exchange='allgather', 'reduce_scatter' or 'auto'"
+            )
 
     def _check_updates(self) -> None:
         schemes = (self.levels, *(layer.levels for layer in self.layers))

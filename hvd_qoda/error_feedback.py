@@ -82,6 +82,22 @@ class ErrorFeedback:
                 raise QodaError(f"parameter {place[0]!r} was sent without its residual: call corrected() first")
             self._new[place] = self._corrected.pop(place) - tensor
 
+    def add_to(self, parameter: str, gradient: torch.Tensor) -> None:
+        """Add a parameter's residual, in place, to a gradient that travels as it is; only rounding is left of it.
+
+        Args:
+            parameter: its name.
+            gradient: dense, of any device; the whole parameter's.
+        """
+        for place in [place for place in self._residuals if place[0] == parameter]:
+            residual = self._new.get(place, self._residuals[place])
+            part = gradient.detach().cpu().reshape(-1)[place[1] : place[1] + residual.numel()]
+            wide = part.float() + residual
+            rounded = wide.to(gradient.dtype)
+            flat = torch.arange(place[1], place[1] + residual.numel(), device=gradient.device)
+            gradient.detach().put_(flat, rounded.to(gradient.device))
+            self._new[place] = wide - rounded.float()
+
     def arrived(self, result: torch.Tensor) -> None:
         """Look at a result of the exchanges of this step, equal on all ranks."""
         self._is_finite = self._is_finite and bool(torch.isfinite(result).all())

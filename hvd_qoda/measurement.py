@@ -24,7 +24,7 @@ from qoda_kernels.codec import Codec
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.worker_threads import WorkerThreads
 
-__all__ = ["measure_codec", "measure_link"]
+__all__ = ["fitted_codebook", "measure_codec", "measure_link"]
 
 _SMALLEST_BYTES = 2**10
 _LARGEST_BYTES = 2**23
@@ -84,6 +84,12 @@ def measure_link(
         for kind in kinds
     }
     return Link(**costs)
+
+
+def fitted_codebook(bits: int, bucket_size: int = 512) -> Codebook:
+    """A codebook as fast as adaptive ones are after their first update: levels (j/s)^1.5, denser near zero."""
+    top = 2 ** (bits - 1) - 1
+    return Codebook(bits, tuple((j / top) ** 1.5 for j in range(top + 1)), bucket_size=bucket_size)
 
 
 def measure_codec(

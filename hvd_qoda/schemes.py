@@ -46,6 +46,9 @@ def make_exchange(
         return ReduceScatterExchange(plan, codebooks, transport, name, threads)
     if scheme == "hierarchical":
         if hosts is None:
-            raise UnsupportedError("a hierarchical exchange needs to know which ranks share a host")
+            raise UnsupportedError(
+                "exchange='hierarchical' needs to know which ranks share a host, which this front end does not tell; "
+                "use 'allgather', 'reduce_scatter' or 'by_bytes'"
+            )
         return HierarchicalExchange(plan, codebooks, transport, name, hosts, threads)
     raise ConfigError(f"exchange must be allgather, reduce_scatter, hierarchical or by_bytes; got {scheme!r}")

@@ -8,6 +8,7 @@ The routes (`hvd_qoda.horovod.compressor` under the stock optimizer, `hvd_qoda.h
 own the exchanges. They say when steps begin and end, and hand over what they have sent.
 """
 
+import logging
 import threading
 import weakref
 from collections import Counter
@@ -19,22 +20,28 @@ from torch import nn
 
 from hvd_qoda.agreement import check_agreement
 from hvd_qoda.config import QodaConfig
+from hvd_qoda.cost_model import QUANTIZED_SCHEMES
 from hvd_qoda.description import training_description
 from hvd_qoda.error_feedback import ErrorFeedback
 from hvd_qoda.errors import ConfigError, QodaError, RankMismatchError, RegistryError
 from hvd_qoda.exchange import Exchange, Stamp
 from hvd_qoda.level_updates import LevelUpdates
 from hvd_qoda.optim.worker_norms import WorkerNorms
+from hvd_qoda.scheme_choice import SchemeChoice
+from hvd_qoda.staging import cpu_values
 from hvd_qoda.step_account import StepAccount
 from hvd_qoda.telemetry import LayerTypeRecord
 from hvd_qoda.traffic import Traffic, TrafficMeter
 from hvd_qoda.transport import Transport
 from hvd_qoda.worker_vectors import ExactVector, WorkerVectors
 from qoda_kernels.codebook import Codebook
+from qoda_kernels.registry import COMPRESSIBLE_DTYPES
 
 __all__ = ["ExchangeReports", "GradientRoute", "Session", "sparse_parameters"]
 
 STATE_FORMAT = 2
+
+_logger = logging.getLogger(__name__)
 
 
 class ExchangeReports(Protocol):
@@ -45,7 +52,13 @@ class ExchangeReports(Protocol):
     ) -> None:
         """The configuration and the code tables, before the first step."""
 
-    def log_exchange(self, step: int | None, layer_types: Iterable[LayerTypeRecord], registry_version: int) -> None:
+    def log_exchange(
+        self,
+        step: int | None,
+        layer_types: Iterable[LayerTypeRecord],
+        registry_version: int,
+        note: str | None = None,
+    ) -> None:
         """What a step has exchanged."""
 
     def rewind(self, step: int) -> None:
@@ -112,6 +125,8 @@ class Session:
         # Weak, so that a route ends with its optimizer, and its hooks with it.
         self._route: weakref.ref[GradientRoute] | None = None
         self._levels = LevelUpdates(config.update_levels, self.registry)
+        self.choice = SchemeChoice(_allowed_schemes(config), self.name) if config.exchange == "auto" else None
+        self._note: str | None = None
         self._vectors = WorkerVectors() if config.worker_norms else None
         self._feedback = ErrorFeedback() if config.error_feedback else None
         self._telemetry = telemetry
@@ -197,13 +212,19 @@ class Session:
         self.registry = self._levels.begin_step(self.step, before, transport)
         return self.registry is not before
 
+    def note(self, text: str) -> None:
+        """Say what changes in this step, and why: in the log and in the step's record."""
+        if self._agreed_with is not None and self._agreed_with.rank == 0:
+            _logger.info("step %d: %s", self.step, text)
+        self._note = text
+
     def count_exchange(self) -> None:
         """Give what is sent from now on a step number of its own, while earlier exchanges are still under way."""
         self.step += 1
 
-    def account(self, key: str, coordinates: int, raw_bytes: float, sent_bytes: float) -> None:
+    def account(self, key: str, coordinates: int, raw_bytes: float, sent_bytes: float, exact: bool = False) -> None:
         """Note what one gradient, or several of one codebook, cost; see `StepAccount.add`."""
-        self._account.add(key, coordinates, raw_bytes, sent_bytes)
+        self._account.add(key, coordinates, raw_bytes, sent_bytes, exact)
 
     @property
     def error_feedback(self) -> ErrorFeedback:
@@ -256,13 +277,18 @@ class Session:
             self._vectors.add(key, own)
 
     def observe_exact(self, key: str, codebook: str, gradient: torch.Tensor) -> None:
-        """Note a gradient that travels as it is, outside of our exchanges.
+        """Note a gradient that travels as it is, outside of our exchanges, before it is sent.
 
         Args:
-            key: its own.
+            key: the parameter's name.
             codebook: key of its codebook.
-            gradient: dense.
+            gradient: dense. With error feedback what is left of earlier messages is added to it.
         """
+        if self._feedback is not None:
+            self._feedback.add_to(key, gradient)
+        if gradient.dtype in COMPRESSIBLE_DTYPES and self._levels.wants(self.step, codebook):
+            # Levels go on following gradients that travel as they are for a while.
+            self._levels.gather(key, cpu_values(gradient), self.registry)
         if self._measures_error:
             self._account.add_exact(codebook)
         if self._vectors is not None:
@@ -294,6 +320,7 @@ class Session:
         if self._telemetry is not None:
             self._report(self._telemetry, sent - self._reported_bytes)
         self._reported_bytes = sent
+        self._note = None
         self._under_way = False
 
     def abandon_step(self) -> None:
@@ -323,6 +350,7 @@ class Session:
                 "step": self.step,
                 "registry": self.registry.state_dict(),
                 "levels": self._levels.state_dict(),
+                "choice": None if self.choice is None else self.choice.state_dict(),
                 "gradient_order": None if self.gradient_order is None else list(self.gradient_order),
                 "rank_private": self._private_state(),
             }
@@ -349,6 +377,8 @@ class Session:
             self._agreed_with = None
             self.registry = registry
             self._levels.load_state_dict(state["levels"])
+            if self.choice is not None:
+                self.choice.load_state_dict(state["choice"])
             order = state["gradient_order"]
             self.gradient_order = None if order is None else tuple(order)
             self.step = int(state["step"])
@@ -370,7 +400,8 @@ class Session:
 
     def _description(self) -> dict[str, Any]:
         described = training_description(self._given_name, self.config, self.registry, self.step, self._levels)
-        return {**described, **self._attached.description()}
+        choice = None if self.choice is None else self.choice.state_dict()
+        return {**described, **self._attached.description(), "choice of the exchange": choice}
 
     def _report(self, telemetry: ExchangeReports, sent_bytes: int) -> None:
         codebooks = self.registry.codebooks
@@ -378,7 +409,7 @@ class Session:
             telemetry.start(self.config.to_dict(), {key: book.to_dict() for key, book in codebooks.items()})
         changed = [key for key, book in codebooks.items() if self._reported_codebooks.get(key) != book]
         records = self._account.records(codebooks, sent_bytes, changed)
-        telemetry.log_exchange(self.step, records, self.registry.version)
+        telemetry.log_exchange(self.step, records, self.registry.version, self._note)
         self._reported_codebooks = dict(codebooks)
 
     def _private_state(self) -> dict[str, Any] | None:
@@ -416,3 +447,10 @@ def sparse_parameters(model: nn.Module) -> frozenset[str]:
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
     weights = {id(embedding.weight) for embedding in embeddings}
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in weights)
+
+
+def _allowed_schemes(config: QodaConfig) -> tuple[str, ...]:
+    """What exchange="auto" may choose from."""
+    own_messages = config.worker_norms or config.error_feedback
+    exchanges = ("allgather", "reduce_scatter") if own_messages else QUANTIZED_SCHEMES
+    return ("off", *exchanges)

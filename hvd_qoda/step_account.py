@@ -22,6 +22,7 @@ class _Sums:
     squared_error: float = 0.0
     squared_norm: float = 0.0
     measured: bool = False
+    quantized: bool = False
 
 
 class StepAccount:
@@ -30,7 +31,7 @@ class StepAccount:
     def __init__(self) -> None:
         self._sums: dict[str, _Sums] = {}
 
-    def add(self, key: str, coordinates: int, raw_bytes: float, sent_bytes: float) -> None:
+    def add(self, key: str, coordinates: int, raw_bytes: float, sent_bytes: float, exact: bool = False) -> None:
         """Note one tensor.
 
         Args:
@@ -38,11 +39,13 @@ class StepAccount:
             coordinates: its elements.
             raw_bytes: what the host's own all-reduce of it would send from this rank.
             sent_bytes: what this rank sends for it, everything included.
+            exact: whether it travels as it is, whatever its codebook.
         """
         sums = self._sums.setdefault(key, _Sums())
         sums.coordinates += coordinates
         sums.raw_bytes += raw_bytes
         sums.sent_bytes += sent_bytes
+        sums.quantized = sums.quantized or not exact
 
     def add_error(self, key: str, values: torch.Tensor, decoded: torch.Tensor) -> None:
         """Note the quantization error of one tensor: `values` sent, `decoded` arrived; both 1-D."""
@@ -70,7 +73,7 @@ class StepAccount:
         records = [
             LayerTypeRecord(
                 layer_type=key,
-                bits=codebooks[key].bits,
+                bits=codebooks[key].bits if sums.quantized else EXACT_BITS,
                 coordinates=sums.coordinates,
                 raw_bytes=round(sums.raw_bytes),
                 sent_bytes=round(sums.sent_bytes),

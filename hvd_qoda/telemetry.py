@@ -105,6 +105,7 @@ class StepRecord:
     registry_version: int = 0
     step_sizes: Mapping[str, float] = field(default_factory=dict)  # of the optimizer, by name
     scalars: Mapping[str, float] = field(default_factory=dict)  # what the training loop logged
+    note: str | None = None  # what the exchange has changed in this step, and why
 
     def __post_init__(self) -> None:
         names = [record.layer_type for record in self.layer_types]
@@ -157,6 +158,7 @@ class StepRecord:
             "layer_types": [record.to_dict() for record in self.layer_types],
             "step_sizes": dict(self.step_sizes),
             "scalars": dict(self.scalars),
+            "note": self.note,
         }
 
     @classmethod
@@ -168,6 +170,7 @@ class StepRecord:
             registry_version=values["registry_version"],
             step_sizes=values["step_sizes"],
             scalars=values["scalars"],
+            note=values.get("note"),  # records written before there were notes have none
         )
 
 
@@ -271,13 +274,20 @@ class Telemetry:
         if codebooks is not None:
             self._codebooks = {str(name): _plain_mapping(table) for name, table in codebooks.items()}
 
-    def log_exchange(self, step: int | None, layer_types: Iterable[LayerTypeRecord], registry_version: int) -> None:
+    def log_exchange(
+        self,
+        step: int | None,
+        layer_types: Iterable[LayerTypeRecord],
+        registry_version: int,
+        note: str | None = None,
+    ) -> None:
         """Record a drained exchange; called by the compressor.
 
         step: the caller's step number; None: the one after the newest, or 0.
         layer_types: one record each. A type met again in the same step is added up: coordinates and bytes are summed,
             errors averaged by coordinates.
         registry_version: of the codebooks used; one per step.
+        note: what has changed in this step, and why.
 
         Raises TelemetryError if the step is older than the open one or already written, or if bits or registry version
         changed within a step.
@@ -292,7 +302,9 @@ class Telemetry:
                 f"{registry_version}; versions change only between steps"
             )
         merged = _merge(opened.step, (*opened.layer_types, *layer_types))
-        self._open = dataclasses.replace(opened, layer_types=merged, registry_version=registry_version)
+        self._open = dataclasses.replace(
+            opened, layer_types=merged, registry_version=registry_version, note=note or opened.note
+        )
 
     def log(
         self,

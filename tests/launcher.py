@@ -63,6 +63,8 @@ class RankPool:
         environment: variables added to the ranks' environment.
         prefix: command put in front of each rank's, e.g. ["ip", "netns", "exec", "x"].
         host: "horovod", or "torch" for torch.distributed with gloo.
+        hosts: names of this machine with numbers of ranks, such as "localhost:2,127.0.0.1:2", which Horovod then takes
+            for different machines; by default one name.
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class RankPool:
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
         host: Literal["horovod", "torch"] = "horovod",
+        hosts: str | None = None,
     ) -> None:
         self.size = size
         self._host = host
+        self._hosts = hosts or f"{socket.gethostname()}:{size}"
         self._environment = dict(environment or {})
         self._prefix = list(prefix)
         self._ranks: list[_Rank] = []
@@ -155,7 +159,7 @@ class RankPool:
         from horovod.runner.http.http_server import RendezvousServer
 
         self._rendezvous = RendezvousServer(0)
-        slots = get_host_assignments(parse_hosts(f"{socket.gethostname()}:{self.size}"), self.size)
+        slots = get_host_assignments(parse_hosts(self._hosts), self.size)
         port = self._rendezvous.start()
         self._rendezvous.init(slots)
         return [

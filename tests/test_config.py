@@ -218,7 +218,7 @@ def configurations(draw):
                 "norm_format": st.sampled_from(["fp32", "bf16"]),
                 "levels": schemes,
                 "coding": st.just("fixed"),
-                "exchange": st.sampled_from(["auto", "allgather", "reduce_scatter"]),
+                "exchange": st.sampled_from(["auto", "allgather", "reduce_scatter", "by_bytes", "off"]),
                 "error_feedback": st.booleans(),
                 "seed": st.integers(0, 2**64 - 1),
                 "layers": st.lists(rules, max_size=3),

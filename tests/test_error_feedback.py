@@ -108,6 +108,23 @@ def test_steps_that_overflow_leave_no_trace() -> None:
     InMemoryGroup(2).run(train)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_travels_as_it_is_takes_the_residual_along(dtype: torch.dtype) -> None:
+    exchange = make_exchange("allgather", plan(dtype), CODEBOOKS, LocalTransport(), "x")
+    feedback = ErrorFeedback()
+    step(feedback, exchange, gradients(1, dtype), 0)
+    before = feedback.residual("w")
+    assert before is not None
+    gradient = gradients(2, dtype)[0].view(30, 50)
+    expected = gradient.float() + before.view(30, 50)
+    feedback.add_to("w", gradient)
+    feedback.add_to("b", gradients(2, dtype)[1])  # has none
+    assert torch.equal(gradient, expected.to(dtype))
+    assert torch.equal(feedback.residual("w"), before)  # until the step has ended well
+    feedback.end_step()
+    assert torch.equal(feedback.residual("w"), (expected - gradient.float()).view(-1))
+
+
 def test_residuals_can_decay_and_be_forgotten() -> None:
     exchange = make_exchange("allgather", plan(), CODEBOOKS, LocalTransport(), "x")
     feedback = ErrorFeedback()

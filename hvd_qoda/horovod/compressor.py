@@ -12,8 +12,9 @@ state. Where two optimizers share a compressor and gradients of one or the other
 change. Every step is one exchange and has a number of its own, on which the random numbers depend: accumulation,
 skipped steps and repeated calls of `synchronize()` count like any other.
 
-What travels as it is. Gradients with exact codebooks, and those of dtypes that cannot be quantized, are all-reduced by
-Horovod itself; but exact bfloat16 ones, which it cannot reduce, travel as bytes. Empty gradients do not travel.
+What travels as it is. Gradients with exact codebooks, those of dtypes that cannot be quantized, and all with the scheme
+"off" are all-reduced by Horovod itself; but exact bfloat16 ones, which it cannot reduce, travel as bytes. Empty
+gradients do not travel. With exchange="auto" schemes change where a step begins (see `hvd_qoda.scheme_choice`).
 """
 
 import contextlib
@@ -227,7 +228,7 @@ class QodaCompressor:
             self._outstanding = {}
             self.session.abandon_step()
         if not self._outstanding:
-            ranks.world.begin_step()
+            ranks.routes.begin_step()
             self._taken = set()
         elif name in self._taken:
             # Gradients of another optimizer are still under way, but this one's begin a new exchange. Levels cannot
@@ -251,7 +252,8 @@ class QodaCompressor:
         raw_bytes = all_reduce_bytes(gradient.numel() * gradient.itemsize, size)
         if route.by_host:
             session.observe_exact(name, key, gradient)
-            session.account(key, gradient.numel(), raw_bytes, session.meter.all_reduce(gradient.nbytes, size))
+            sent_bytes = session.meter.all_reduce(gradient.nbytes, size)
+            session.account(key, gradient.numel(), raw_bytes, sent_bytes, exact=True)
             return gradient
         sent_bytes = session.meter.all_reduce(TOKEN_BYTES, size)
         if route.exchange is not None:
@@ -260,7 +262,7 @@ class QodaCompressor:
             ranks.world.pending.add(route.exchange)
             sent_bytes += route.exchange.sent_bytes
             session.observe(name, route.exchange, values)
-        session.account(key, gradient.numel(), raw_bytes, sent_bytes)
+        session.account(key, gradient.numel(), raw_bytes, sent_bytes, exact=route.is_exact)
         return ranks.tokens.token(gradient.device)
 
     def _receive(self, ranks: _Ranks, context: _Context, reduced: torch.Tensor) -> torch.Tensor:

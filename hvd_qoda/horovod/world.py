@@ -1,12 +1,17 @@
 """What a route holds for the ranks that it runs among now; made anew when they change (elastic training)."""
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hvd_qoda.config import QodaConfig
+from hvd_qoda.cost_model import Layout
 from hvd_qoda.exchange import Exchange, PendingExchanges
 from hvd_qoda.horovod.transport import HorovodTransport
+from hvd_qoda.hosts import Hosts, gather_hosts
+from hvd_qoda.measurement import measure_codec, measure_link
+from hvd_qoda.scheme_choice import Costs
 from hvd_qoda.schemes import make_exchange
 from hvd_qoda.session import Session
 from qoda_kernels.codebook import Codebook
@@ -37,36 +42,77 @@ class World:
         self.pending = PendingExchanges(config.timeout_s, f"rank {self.transport.ranks[self.transport.rank]}")
         self._threads = WorkerThreads(allotted_threads(os.environ))
         self._exchanges: list[Exchange] = []
+        self._hosts: Hosts | None = None
 
     def is_current(self) -> bool:
         """Whether the process set has not changed since."""
         return self.transport.identity == HorovodTransport(self._process_set).identity
 
-    def begin_step(self) -> None:
-        """Begin a step of the session, with a roll call; see `Session.begin_step`."""
-        if self._session.begin_step(self.transport, self.transport.require_roll_call):
-            self._use_codebooks(self._session.registry.codebooks)
+    def begin_step(self, messages: Callable[[], Mapping[str, MessagePlan]] | None = None) -> bool:
+        """Begin a step of the session, with a roll call; see `Session.begin_step`.
+
+        Args:
+            messages: gives the plans of what can be exchanged quantized, by name, where schemes are to be chosen; None
+                for a route that does not choose.
+
+        Returns:
+            Whether schemes may have changed.
+        """
+        session = self._session
+        if session.begin_step(self.transport, self.transport.require_roll_call):
+            self._use_codebooks(session.registry.codebooks)
+        if self._hosts is None and session.config.exchange in ("auto", "hierarchical"):
+            self._hosts = gather_hosts(self.transport, f"{session.name}.hosts")
+        said = None
+        if session.choice is not None and messages is not None:
+            said = session.choice.begin_step(self.transport, messages, lambda: self._measure(messages()))
+        if said is not None:
+            session.note(said)
         if self._early_roll_call:
             self.transport.begin_roll_call()
+        return said is not None
 
-    def new_exchange(self, plan: MessagePlan, name: str) -> Exchange:
-        """An exchange of this plan, by the configured scheme, which follows the session's codebooks.
+    def scheme_of(self, message: str) -> str:
+        """The scheme of a message in this step: as configured or, with "auto", as chosen."""
+        choice = self._session.choice
+        return self._session.config.exchange if choice is None else choice.scheme_for(message)
+
+    def new_exchange(self, plan: MessagePlan, name: str, scheme: str | None = None) -> Exchange:
+        """An exchange of this plan, which follows the session's codebooks.
+
+        Args:
+            plan: layout of the tensors.
+            name: added to the session's.
+            scheme: a quantized one, or "by_bytes"; None for the configured one, and "by_bytes" where that is "auto".
+        """
+        session = self._session
+        if scheme is None:
+            scheme = "by_bytes" if session.config.exchange == "auto" else session.config.exchange
+        exchange = make_exchange(
+            scheme,
+            plan,
+            session.registry.codebooks,
+            self.transport,
+            f"{session.name}.{name}.{scheme}",
+            self._threads,
+            self._hosts,
+        )
+        self._exchanges.append(exchange)
+        return exchange
+
+    def new_exact_exchange(self, plan: MessagePlan, name: str) -> Exchange:
+        """An exchange that carries the values of a plan as they are: for what the host cannot reduce.
 
         Args:
             plan: layout of the tensors.
             name: added to the session's.
         """
-        scheme = self._session.config.exchange
-        exchange = make_exchange(
-            "by_bytes" if scheme == "auto" else scheme,
-            plan,
-            self._session.registry.codebooks,
-            self.transport,
-            f"{self._session.name}.{name}",
-            self._threads,
+        slices = [segment.slice for segment in plan.segments]
+        books = {part.codebook: Codebook.exact() for part in slices}
+        exact = MessagePlan.build(slices, books)
+        return make_exchange(
+            "by_bytes", exact, books, self.transport, f"{self._session.name}.{name}.exact", self._threads
         )
-        self._exchanges.append(exchange)
-        return exchange
 
     def forget_exchanges(self) -> None:
         """Let go of the exchanges made so far."""
@@ -75,3 +121,18 @@ class World:
     def _use_codebooks(self, codebooks: Mapping[str, Codebook]) -> None:
         for exchange in self._exchanges:
             exchange.use_codebooks(codebooks)
+
+    def _measure(self, messages: Mapping[str, MessagePlan]) -> Costs:
+        """Link and codec, the same on every rank; a collective call that waits."""
+        session = self._session
+        assert self._hosts is not None  # begin_step() has seen to it
+        layout = Layout.of(messages.values())
+        elements: Counter[str] = Counter()
+        for plan in messages.values():
+            for segment in plan.segments:
+                elements[segment.slice.codebook] += segment.slice.length
+        device = next(iter(session.parameters.values())).device
+        link = measure_link(self.transport, self._hosts, device, layout.raw_bytes, name=f"{session.name}.link")
+        codebook = session.registry.codebooks[elements.most_common(1)[0][0]] if elements else Codebook.exact()
+        codec = measure_codec(codebook, self.transport, self._threads, device, f"{session.name}.codec")
+        return Costs(self._hosts.ranks, link, codec)

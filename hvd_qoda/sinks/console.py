@@ -10,7 +10,7 @@ __all__ = ["ConsoleSink"]
 
 
 class ConsoleSink:
-    """Prints one line for the first record, for every step divisible by `every`, and for the last record.
+    """Prints one line for the first record, for every step divisible by `every`, and for the last record; and notes.
 
     every: in steps, at least 1, else TelemetryError.
     layer_types: print a row per layer type below each line.
@@ -40,6 +40,8 @@ class ConsoleSink:
     def write(self, record: StepRecord) -> None:
         """Print the record if its turn has come."""
         self._last = record
+        if record.note is not None:
+            self._write(f"step {record.step}: {record.note}")
         if self._printed is None or record.step % self._every == 0:
             self._print(record)
 

@@ -49,7 +49,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--bits", type=int, choices=range(2, 9), default=5, help="bits per coordinate of the second run"
     )
     parser.add_argument("--levels", choices=LEVEL_SCHEMES, default="adaptive", help="its quantization levels")
-    parser.add_argument("--exchange", choices=EXCHANGES, default="auto", help="which collectives carry its messages")
+    parser.add_argument(
+        "--exchange", choices=EXCHANGES, default="by_bytes", help="which collectives carry its messages"
+    )
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where records, table and plot go")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the table's numbers there as well")
     parser.add_argument("--seed", type=not_negative, default=0, help="of weights, order of data and random rounding")

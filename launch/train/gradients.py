@@ -40,9 +40,12 @@ class GradientPath:
 
         The bytes sent for compressed layers (norms, headers, padding and the compressor's all-reduced token included)
         divided by the coordinates sent: a rank sends every coordinate K-1 times in an all-gather, and 2 (K-1)/K times
-        in a reduce-scatter with all-gather. Of this rank, mean over `records`.
+        in a reduce-scatter with all-gather. Of this rank, mean over `records`. Not stated for exchanges that change
+        from step to step ("auto"), or that mostly carry exact values ("hierarchical", "off").
         """
         if isinstance(self.compression, MeteredCompressor) or ranks == 1:
+            return None
+        if self.compression.config.exchange in ("auto", "hierarchical", "off"):
             return None
         sent_together = [(name,) for name in self.compression.registry.parameters]
         hops = _coordinates_sent(
@@ -111,7 +114,7 @@ def _coordinates_sent(
 
 def _scheme(compression: QodaCompressor, names: Sequence[str], ranks: int) -> str:
     """The exchange that carries these parameters together."""
-    if compression.config.exchange != "auto":
+    if compression.config.exchange != "by_bytes":
         return compression.config.exchange
     registry = compression.registry
     entries = [registry.parameters[name] for name in names if registry.parameters[name].numel]

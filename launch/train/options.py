@@ -14,7 +14,7 @@ OPTIMIZERS = ("qoda", "qodadam", "sgd", "adam")
 LEARNING_RATES = {"qoda": 3.0, "qodadam": 1e-3, "sgd": 5e-2, "adam": 1e-3}
 COMPRESSIONS = ("none", "fp16", "qoda")
 ROUTES = ("stock", "overlap")
-EXCHANGES = ("auto", "allgather", "reduce_scatter")
+EXCHANGES = ("auto", "allgather", "reduce_scatter", "hierarchical", "by_bytes", "off")
 WANDB_MODES = ("online", "offline", "disabled")
 
 

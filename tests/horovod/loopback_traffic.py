@@ -56,7 +56,9 @@ def traffic_of(case: str) -> tuple[int, int]:
     if case == "plain":
         compression: Any = Compression.metered(hvd.Compression.none)
     else:
-        compression = Compression.qoda(model, levels="uniform", measure_error_every=0, **keywords)
+        compression = Compression.qoda(
+            model, levels="uniform", measure_error_every=0, **{"exchange": "by_bytes", **keywords}
+        )
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.01), named_parameters=model.named_parameters(), compression=compression
     )

@@ -70,7 +70,7 @@ def calls_out_of_order() -> None:
 
 
 def all_checks() -> None:
-    for scheme in ("allgather", "reduce_scatter", "auto"):
+    for scheme in ("allgather", "reduce_scatter", "by_bytes"):
         by_hand(scheme)
     without_hooks()
     calls_out_of_order()

@@ -22,7 +22,7 @@ from tests.horovod.training import (
 )
 from tests.launcher import RankPool
 
-SCHEMES = ("allgather", "reduce_scatter", "auto")
+SCHEMES = ("allgather", "reduce_scatter", "by_bytes")
 LEARNING_RATES = {"SGD": 0.5, "Adam": 0.01}
 EARLY_UPDATES = {"at": (3, 6), "every": 4, "samples": 2}
 
@@ -103,10 +103,10 @@ def test_agreement_replicas_are_bit_identical_4(four_ranks: RankPool, scheme: st
 
 
 def test_levels_are_updated_at_the_scheduled_steps_alike_on_all_ranks(four_ranks: RankPool) -> None:
-    results = four_ranks.run(trained, "auto", steps=13)
+    results = four_ranks.run(trained, "by_bytes", steps=13)
     assert_replicas_agree(results)
     assert results[0]["version"] == 4  # steps 3, 6, 8, 12
-    unchanged = four_ranks.run(trained, "auto", steps=2)
+    unchanged = four_ranks.run(trained, "by_bytes", steps=2)
     assert unchanged[0]["version"] == 0
     assert unchanged[0]["codebooks"] != results[0]["codebooks"]
 

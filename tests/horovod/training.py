@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from hvd_qoda.compression import Compression
 from hvd_qoda.exchange import Stamp
 from hvd_qoda.horovod import QodaCompressor
+from hvd_qoda.hosts import Hosts
 from hvd_qoda.schemes import make_exchange
 from hvd_qoda.telemetry import StepRecord
 from qoda_kernels.layout import MessagePlan, Slice
@@ -66,8 +67,13 @@ def make_optimizer(
 
 
 def make_qoda(model: nn.Module, process_set: Any = None, telemetry: Any = None, **keywords: Any) -> QodaCompressor:
-    """A compressor with a short deadline and without early level updates, unless told otherwise."""
-    return Compression.qoda(model, process_set=process_set, telemetry=telemetry, **{"timeout_s": TIMEOUT_S, **keywords})
+    """A compressor with a short deadline and an exchange that time does not change, unless told otherwise."""
+    return Compression.qoda(
+        model,
+        process_set=process_set,
+        telemetry=telemetry,
+        **{"timeout_s": TIMEOUT_S, "exchange": "by_bytes", **keywords},
+    )
 
 
 def batch(step: int, rank: int | None = None, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +139,11 @@ def gather(tensor: torch.Tensor, name: str, process_set: Any = None) -> list[tor
 
 
 def expected_means(
-    compressor: QodaCompressor, own: Mapping[str, torch.Tensor], step: int, process_set: Any = None
+    compressor: QodaCompressor,
+    own: Mapping[str, torch.Tensor],
+    step: int,
+    process_set: Any = None,
+    hosts: Hosts | None = None,
 ) -> dict[str, torch.Tensor]:
     """What the compressor's exchanges of a step must give, computed without Horovod from all ranks' gradients.
 
@@ -152,7 +162,8 @@ def expected_means(
         plan = MessagePlan.build(slices, registry.codebooks)
         group = InMemoryGroup(len(everyone))
         exchanges = [
-            make_exchange(compressor.config.exchange, plan, registry.codebooks, t, "x") for t in group.transports
+            make_exchange(compressor.config.exchange, plan, registry.codebooks, t, "x", hosts=hosts)
+            for t in group.transports
         ]
         stamp = Stamp(compressor.config.seed, step, registry.version)
         for exchange, values in zip(exchanges, everyone, strict=True):
@@ -171,9 +182,10 @@ def assert_gradients(
     own: Mapping[str, torch.Tensor],
     scale: float = 1.0,
     process_set: Any = None,
+    hosts: Hosts | None = None,
 ) -> None:
     """The parameters hold `scale` times the mean of what all ranks had: bit for bit where compressed, else nearly."""
-    means = expected_means(compressor, own, compressor.step, process_set)
+    means = expected_means(compressor, own, compressor.step, process_set, hosts)
     codebooks = compressor.registry.codebooks
     for name, parameter in model.named_parameters():
         expected, found = means[name] * scale, parameter.grad

@@ -22,6 +22,7 @@ PROGRAMS = (
     "launch/bench/convergence.py",
     "launch/bench/entropy.py",
     "launch/bench/gpu.py",
+    "launch/bench/scaling.py",
     "launch/sandbox.py",
     "launch/train/ddp.py",
 )

@@ -93,7 +93,8 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
 def test_a_compressed_run_sends_fewer_bytes_and_learns(tmp_path: Path) -> None:
     common = ("--steps", "60", "--batch-size", "32", "--update-levels-at", "10")
     plain = train(tmp_path / "plain", *common, "--compression", "none")
-    coded = train(tmp_path / "coded", *common, "--compression", "qoda", "--measure-error-every", "5")
+    compressed = ("--compression", "qoda", "--exchange", "by_bytes", "--measure-error-every", "5")
+    coded = train(tmp_path / "coded", *common, *compressed)
     for summary in (plain, coded):
         assert summary["replicas_identical"]
         assert summary["test_accuracy"] > 0.8

@@ -73,7 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkout", type=Path, help="root of a checkout of Horovod")
     parser.add_argument("--size", type=int, default=2, help="number of ranks (default 2)")
-    parser.add_argument("--exchange", default="auto", choices=["auto", "allgather", "reduce_scatter"])
+    parser.add_argument("--exchange", default="by_bytes", choices=["auto", "allgather", "reduce_scatter", "by_bytes"])
     parser.add_argument("--bits", type=int, default=5, help="bits of the compressor (default 5)")
     parser.add_argument("--plain", action="store_true", help="run the tests without our compressor")
     parser.add_argument(

@@ -1,0 +1,150 @@
+"""What is installed and works here: versions, the codec's kernels, hosts, GPU; and the link where a launcher is used.
+
+Exit status 1 if something that is installed does not work. Started by horovodrun it also times the link:
+horovodrun -np 4 -H node1:2,node2:2 hvd-qoda check
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hvd_qoda.hosts import gather_hosts
+from hvd_qoda.launched import launched_ranks
+from hvd_qoda.measurement import fitted_codebook, measure_codec, measure_link
+from hvd_qoda.transport import LocalTransport
+from qoda_kernels import __version__
+from qoda_kernels.wire import WIRE_VERSION
+from qoda_kernels.worker_threads import WorkerThreads, allotted_threads
+
+__all__ = ["NAME", "SUMMARY", "add_options", "run", "show"]
+
+NAME = "check"
+SUMMARY = "what is installed and works here"
+
+_PACKAGES = ("torch", "numpy", "numba", "horovod", "deepspeed", "wandb", "tensorboard", "numba-cuda")
+_IMPORT_TIMEOUT_S = 120.0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `hvd-qoda check`."""
+    parser.add_argument("--bits", type=int, choices=range(2, 9), default=5, help="code width for the codec's speed")
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """What `hvd-qoda check` prints, as plain values, and its exit status."""
+    threads = WorkerThreads(allotted_threads(os.environ))
+    with launched_ranks() as transport:
+        ranks = LocalTransport() if transport is None else transport
+        codec = measure_codec(fitted_codebook(options.bits), ranks, threads)
+        hosts = {"horovod": _horovod(), "deepspeed": _deepspeed()}
+        found: dict[str, Any] = {
+            "hvd_qoda": __version__,
+            "wire_version": WIRE_VERSION,
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in _PACKAGES},
+            "hosts": hosts,
+            "gpus": _gpus(),
+            "codec": {"bits": options.bits, "threads": threads.count, **asdict(codec)},
+            "link": None,
+        }
+        if transport is not None:
+            where = gather_hosts(transport)
+            found["link"] = {
+                "ranks": transport.size,
+                "ranks_of_hosts": list(where.counts),
+                "measured": measure_link(transport, where).to_dict(),
+            }
+            found["silent"] = transport.rank != 0
+    return found, 1 if any(host["problem"] for host in hosts.values()) else 0
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Print what `run` has found."""
+    table = Table(title=f"hvd-qoda {found['hvd_qoda']}, wire version {found['wire_version']}", show_header=False)
+    table.add_row("Python", found["python"])
+    for name, number in found["packages"].items():
+        table.add_row(name, number or "not installed")
+    for name, host in found["hosts"].items():
+        table.add_row(f"{name} works", host["problem"] or host["says"])
+    table.add_row("GPUs", ", ".join(found["gpus"]) or "none that torch can use")
+    codec = found["codec"]
+    table.add_row(
+        f"codec, {codec['bits']} bits",
+        f"{1e9 * codec['encode_s']:.2f} ns to encode a coordinate, {1e9 * codec['decode_s']:.2f} ns to decode one, "
+        f"{codec['threads']} thread(s)",
+    )
+    console.print(table)
+    if found["link"] is None:
+        console.print("Not started by a launcher, so no link was measured. Under it: horovodrun -np K hvd-qoda check")
+        return
+    link = found["link"]
+    counts = ", ".join(map(str, link["ranks_of_hosts"]))
+    table = Table(title=f"Link among {link['ranks']} ranks; on each host: {counts}")
+    for column in ("collective", "empty", "each further", "bandwidth of a rank"):
+        table.add_column(column, justify="right")
+    for name, cost in link["measured"].items():
+        per_byte = cost["seconds_per_byte"]
+        bandwidth = f"{8e-9 / per_byte:.3g} Gbit/s" if per_byte > 0 else "too fast to measure"
+        table.add_row(name, f"{1e3 * cost['fixed_s']:.3g} ms", f"{1e3 * cost['each_s']:.3g} ms", bandwidth)
+    console.print(table)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _horovod() -> dict[str, str | None]:
+    program = (
+        "import horovod.torch as h; "
+        "print(*[n for n in ('gloo', 'mpi', 'nccl') if getattr(h, n + '_built')()], sep=', ')"
+    )
+    return _host("horovod", program, "built with {}", "build it with launch/build_horovod.sh")
+
+
+def _deepspeed() -> dict[str, str | None]:
+    return _host(
+        "deepspeed", "import ds_plugin; print(ds_plugin.__name__)", "the plug-in {} imports", "see its message"
+    )
+
+
+def _host(package: str, program: str, says: str, advice: str) -> dict[str, str | None]:
+    """Try a host in a process of its own: a broken one may take the interpreter with it."""
+    if find_spec(package) is None:
+        return {"says": "not installed", "problem": None}
+    # Ranks of a job do not pass their places on: the child is no member of it.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HOROVOD_", "OMPI_", "PMI_"))}
+    try:
+        outcome = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=_IMPORT_TIMEOUT_S,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"says": None, "problem": f"importing it took more than {_IMPORT_TIMEOUT_S:g} s"}
+    lines = outcome.stdout.strip().splitlines()
+    if outcome.returncode == 0 and lines:
+        return {"says": says.format(lines[-1]), "problem": None}
+    reason = (outcome.stderr.strip().splitlines() or [f"exit status {outcome.returncode}"])[-1]
+    return {"says": None, "problem": f"does not work: {reason}; {advice}"}
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,0 +1,134 @@
+"""exchange="auto" and "off" under the stock optimizer, with real ranks."""
+
+import copy
+import json
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+
+from hvd_qoda import scheme_choice
+from hvd_qoda.errors import RankMismatchError
+from hvd_qoda.telemetry import Telemetry
+from tests.horovod.training import (
+    ListSink,
+    bits_of,
+    local_gradients,
+    loss_of,
+    make_model,
+    make_optimizer,
+    make_qoda,
+    train,
+)
+from tests.launcher import RankPool
+
+UPDATES = {"at": (4, 9), "every": None, "samples": 3}
+
+
+def new_run(telemetry: Telemetry | None = None, **keywords: Any) -> tuple[Any, Any, Any]:
+    model = make_model()
+    compressor = make_qoda(model, telemetry=telemetry, update_levels=UPDATES, **keywords)
+    return model, compressor, make_optimizer(model, compressor, torch.optim.Adam, lr=0.01)
+
+
+def auto() -> tuple[list[bytes], str, list[str | None]]:
+    sink = ListSink()
+    with Telemetry([sink], rank=hvd.rank()) as telemetry:
+        model, compressor, optimizer = new_run(telemetry, exchange="auto")
+        losses = train(model, optimizer, range(26))
+    assert losses[-1] < losses[0]
+    assert compressor.registry.version == 2  # levels adapt while gradients travel as they are, too
+    raw = [entry.bits for record in sink.records for entry in record.layer_types if entry.layer_type == "feed_forward"]
+    assert set(raw) <= {5, 32}
+    choice = json.dumps(compressor.state_dict()["choice"], sort_keys=True)
+    return bits_of(model.parameters()), choice, [record.note for record in sink.records]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_all_ranks_choose_and_switch_together(two_ranks: RankPool, four_ranks: RankPool, size: int) -> None:
+    results = (two_ranks if size == 2 else four_ranks).run(auto)
+    _, choice, notes = results[0]
+    for other in results[1:]:
+        assert other == results[0]
+    candidates = [candidate["name"] for candidate in json.loads(choice)["candidates"]]
+    assert "off" in candidates
+    assert "predicted to cost least" in (notes[0] or "")
+    if len(candidates) > 1:
+        assert any("steps have taken" in (note or "") for note in notes)
+
+
+def off_is_horovods_own() -> None:
+    model, compressor, optimizer = new_run(exchange="off", worker_norms=True)
+    train(model, optimizer, range(6))
+    plain = make_model()
+    train(plain, make_optimizer(plain, hvd.Compression.none, torch.optim.Adam, lr=0.01), range(6))
+    assert bits_of(model.parameters()) == bits_of(plain.parameters())
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    assert compressor.traffic.sent["all_reduce"] >= 6 * 4 * numel
+    assert compressor.worker_norms().squared_norms > 0
+
+
+def test_off_gives_the_bits_of_plain_horovod(two_ranks: RankPool) -> None:
+    two_ranks.run(off_is_horovods_own)
+
+
+def off_in_bfloat16() -> list[bytes]:
+    model = make_model().bfloat16()
+    compressor = make_qoda(model, exchange="off")
+    optimizer = make_optimizer(model, compressor)
+    features = torch.randn(8, 40, generator=torch.Generator().manual_seed(hvd.rank())).bfloat16()
+    own = local_gradients(model, lambda: model(features).float().square().mean())
+    model(features).float().square().mean().backward()
+    optimizer.synchronize()
+    everyone = hvd.allgather_object(own)
+    for name, parameter in model.named_parameters():
+        mean = sum(gradients[name].float() for gradients in everyone) / hvd.size()
+        assert torch.equal(parameter.grad, mean.bfloat16())
+    return bits_of(parameter.grad for parameter in model.parameters())
+
+
+def test_off_carries_what_horovod_cannot_reduce_exactly(two_ranks: RankPool) -> None:
+    results = two_ranks.run(off_in_bfloat16)
+    assert results[0] == results[1]
+
+
+def resumed(cut: int) -> None:
+    """The bits of the uninterrupted run, from its own state: another run might choose otherwise."""
+    before, scheme_choice._FIRST_TRIAL = scheme_choice._FIRST_TRIAL, 1000
+    try:
+        model, compressor, optimizer = new_run(exchange="auto")
+        train(model, optimizer, range(cut))
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), compressor.state_dict()))
+        train(model, optimizer, range(cut, 11))
+        expected = bits_of(model.parameters())
+        choice = compressor.state_dict()["choice"]
+        model, compressor, optimizer = new_run(exchange="auto")
+        for part, state in zip((model, optimizer, compressor), saved, strict=True):
+            part.load_state_dict(state)
+        train(model, optimizer, range(cut, 11))
+        assert bits_of(model.parameters()) == expected
+        assert compressor.state_dict()["choice"] == choice
+    finally:
+        scheme_choice._FIRST_TRIAL = before
+
+
+def test_a_resumed_run_keeps_the_choice(two_ranks: RankPool) -> None:
+    two_ranks.run(resumed, 3)
+
+
+def other_choice_on_rank_one() -> str:
+    model, compressor, optimizer = new_run(exchange="auto")
+    train(model, optimizer, range(2))
+    state = copy.deepcopy(compressor.state_dict())
+    if hvd.rank() == 1:
+        state["choice"]["check_at"] += 1
+    compressor.load_state_dict(state)
+    with pytest.raises(RankMismatchError) as caught:
+        loss_of(model, 5).backward()
+    return str(caught.value)
+
+
+def test_ranks_with_different_choices_find_out(two_ranks: RankPool) -> None:
+    for message in two_ranks.run(other_choice_on_rank_one):
+        assert "choice of the exchange: check_at" in message

@@ -1,0 +1,117 @@
+"""The command `hvd-qoda`: its numbers, its tables, and that mistakes are named."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from hvd_qoda import advise, check, cli, measurement
+from hvd_qoda.cost_model import CodecSpeed
+
+
+@pytest.fixture
+def codec(monkeypatch: pytest.MonkeyPatch) -> CodecSpeed:
+    """A codec of known speed, for predictions that do not depend on this machine."""
+    speed = CodecSpeed(encode_s=1e-9, decode_s=5e-10, call_s=1e-5)
+    for module in (advise, check):
+        monkeypatch.setattr(module, "measure_codec", lambda *arguments, **keywords: speed)
+    return speed
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert cli.main([*arguments, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_advise_predicts_every_size_bandwidth_and_number_of_ranks(
+    codec: CodecSpeed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--elements", "1000000", "25000000", "--mbit", "100", "100000", "--ranks", "2", "8")
+    found = run_json(capsys, "advise", *sizes)
+    assert found["kind"] == "prediction"
+    assert found["here"] is None
+    cells = {(cell["ranks"], cell["elements"], cell["mbit"]): cell for cell in found["cells"]}
+    assert len(cells) == 8
+    slow, fast = cells[2, 25_000_000, 100.0], cells[2, 25_000_000, 100_000.0]
+    assert slow["scheme"] == "allgather"
+    assert 5.5 < slow["speedup"] < 6.4
+    assert cells[8, 25_000_000, 100.0]["scheme"] == "reduce_scatter"
+    assert fast["scheme"] == "off"
+    assert fast["speedup"] == 1.0
+    assert all(100.0 < cell["break_even_mbit"] < 100_000.0 for cell in cells.values())
+    assert slow["break_even_mbit"] == fast["break_even_mbit"]
+
+
+def test_advise_prints_tables(codec: CodecSpeed, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["advise", "--ranks", "4", "16", "--ranks-per-host", "2", "--mbit", "1000", "--latency-us", "100"]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Prediction for 5 bits")
+    for words in ("4 ranks", "16 ranks", "1 Gbit/s", "break-even", "hierarchical", "no link was measured"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mbit", "0"], "--mbit 0: must be positive"),
+        (["--latency-us", "-1"], "--latency-us -1: must not be negative"),
+        (["--ranks", "3", "--ranks-per-host", "2"], "cannot lie on hosts"),
+        (["--bits", "9"], "bits"),
+        (["--bits", "32"], "no compression"),
+    ],
+)
+def test_impossible_options_are_named(
+    codec: CodecSpeed, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert cli.main(["advise", *arguments]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_check_tells_what_is_there(
+    codec: CodecSpeed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Importing DeepSpeed takes long.
+    monkeypatch.setattr(check, "_deepspeed", lambda: {"says": "not installed", "problem": None})
+    found = run_json(capsys, "check")
+    assert found["packages"]["torch"]
+    assert set(found["hosts"]) == {"horovod", "deepspeed"}
+    assert found["codec"]["encode_s"] == codec.encode_s
+    assert found["link"] is None
+
+
+def test_check_fails_where_something_installed_does_not_work(
+    codec: CodecSpeed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = {"says": None, "problem": "does not work: undefined symbol"}
+    monkeypatch.setattr(check, "_horovod", lambda: broken)
+    monkeypatch.setattr(check, "_deepspeed", lambda: {"says": "not installed", "problem": None})
+    assert cli.main(["check"]) == 1
+    assert "undefined symbol" in capsys.readouterr().out
+
+
+def test_hosts_are_tried_in_processes_of_their_own() -> None:
+    assert check._host("no_such_package", "", "", "")["says"] == "not installed"
+    assert check._host("json", "print('x')", "has {}", "")["says"] == "has x"
+    problem = check._host("json", "raise OSError('broken pipe of tea')", "", "build it again")["problem"]
+    assert problem == "does not work: OSError: broken pipe of tea; build it again"
+
+
+def test_a_command_is_needed_and_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 2
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert "advise" in text
+    assert "check" in text
+
+
+def test_the_fitted_codebook_is_like_adaptive_ones() -> None:
+    book = measurement.fitted_codebook(5)
+    gaps = [b - a for a, b in zip(book.levels, book.levels[1:], strict=False)]
+    assert gaps == sorted(gaps)
+    assert math.isclose(book.levels[-1], 1.0)
