@@ -85,6 +85,7 @@ class GradientExchange:
         self._hooked: dict[str, torch.dtype] = {}  # parameters with a hook, by the dtype that buffers were made for
         self._world: World | None = None
         self._buffers: list[FusionBuffer] = []
+        self._buffer_of: dict[str, FusionBuffer] = {}
         self._in_step = False
         self._out_of_date = False  # whether buffers must be made anew
         self._started = 0  # buffers started in this step
@@ -221,8 +222,8 @@ class GradientExchange:
             self._counts[name] = count
             if count == self.passes:
                 self._came.append(name)
-                for buffer in self._buffers:
-                    buffer.missing.discard(name)
+                if name in self._buffer_of:  # empty gradients are in none
+                    self._buffer_of[name].missing.discard(name)
                 while self._started < len(self._buffers) and not self._buffers[self._started].missing:
                     self._start_next()
 
@@ -291,25 +292,25 @@ class GradientExchange:
             self._world, self._buffers = None, []
         if self._world is None:
             self._world = World(self._session, self._reduction.process_set, early_roll_call=True)
-            self._buffers = self._new_buffers(self._world)
-            self._out_of_date = False
+            self._make_buffers(self._world)
         return self._world
 
     def _regroup(self) -> None:
         """Make other buffers for the steps to come."""
         if self._world is None:
             return
-        self._out_of_date = False
         self._world.forget_exchanges()
-        self._buffers = self._new_buffers(self._world)
+        self._make_buffers(self._world)
         self._session.agree_anew()
-        self._session.regroup_vectors(self._contents)
 
-    def _new_buffers(self, world: World) -> list[FusionBuffer]:
-        return [
+    def _make_buffers(self, world: World) -> None:
+        self._buffers = [
             FusionBuffer(names, self._new_parcels(number, names, world))
             for number, names in enumerate(self._fused_names())
         ]
+        self._buffer_of = {name: buffer for buffer in self._buffers for name in buffer.names}
+        self._out_of_date = False
+        self._session.regroup_vectors(self._contents)
 
     def _fused_names(self) -> list[tuple[str, ...]]:
         """Names of the parameters of every buffer, in the order in which buffers are started."""
