@@ -86,7 +86,15 @@ class _Finished:
 
 
 class QodaBackend:
-    """Mixed into the class of the live backend by `install`, whose state it shares."""
+    """Mixed into the class of the live backend by `install`, whose state it shares.
+
+    Attributes:
+        qoda_live_backend: the live backend.
+        qoda_users: number of engines that need this one.
+    """
+
+    qoda_live_backend: TorchBackend
+    qoda_users: int
 
     def all_reduce(self, tensor: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
         """As `torch.distributed.all_reduce`."""
@@ -140,32 +148,33 @@ class QodaBackend:
         return _Finished() if async_op else None
 
 
-def install() -> None:
-    """Put a `QodaBackend` before the live backend, unless one is there.
+def install() -> QodaBackend:
+    """Put a `QodaBackend` before the live backend, unless one is there; returns it, for `uninstall`.
 
     Raises:
         UnsupportedError: where DeepSpeed does not communicate by torch.distributed.
     """
     live = comm.cdb
-    if isinstance(live, QodaBackend):
-        return
-    if not isinstance(live, TorchBackend):
-        raise UnsupportedError(
-            f"DeepSpeed communicates by {type(live).__name__}; ds_plugin needs torch.distributed: call "
-            "deepspeed.init_distributed() before deepspeed.initialize(), and use no other backend"
-        )
-    mixed = type("QodaBackend", (QodaBackend, type(live)), {})
-    front: Any = object.__new__(mixed)
-    front.__dict__ = live.__dict__  # shared: no second process group, and what one of them learns both know
-    front.__dict__["qoda_live_backend"] = live
-    comm.cdb = front
+    if not isinstance(live, QodaBackend):
+        if not isinstance(live, TorchBackend):
+            raise UnsupportedError(
+                f"DeepSpeed communicates by {type(live).__name__}; ds_plugin needs torch.distributed: call "
+                "deepspeed.init_distributed() before deepspeed.initialize(), and use no other backend"
+            )
+        front: Any = object.__new__(type("QodaBackend", (QodaBackend, type(live)), {}))
+        front.__dict__ = live.__dict__  # shared: no second process group, and what one of them learns both know
+        front.qoda_live_backend, front.qoda_users = live, 0
+        comm.cdb = live = front
+    live.qoda_users += 1
+    return live
 
 
-def uninstall() -> None:
-    """Take the `QodaBackend` away again."""
-    if isinstance(comm.cdb, QodaBackend):
-        live = comm.cdb.__dict__.pop("qoda_live_backend")
-        comm.cdb = live
+def uninstall(front: QodaBackend) -> None:
+    """Take it away again if no other engine needs it."""
+    front.qoda_users -= 1
+    if front.qoda_users == 0 and comm.cdb is front:
+        comm.cdb = front.qoda_live_backend
+        del front.qoda_live_backend, front.qoda_users
 
 
 def _is_average(op: Any) -> bool:

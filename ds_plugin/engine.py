@@ -26,7 +26,6 @@ from qoda_kernels.worker_threads import allotted_threads
 __all__ = ["EngineState", "QodaConfigError", "configure", "release", "state_of"]
 
 _ATTRIBUTE = "qoda_state"
-_active: set[int] = set()  # ids of the engines that need the backend
 
 
 class QodaConfigError(DeepSpeedConfigError, ConfigError):
@@ -42,6 +41,7 @@ class EngineState:
     """
 
     def __init__(self, engine: Any, config: QodaConfig) -> None:
+        self.front: backend.QodaBackend | None = None
         named = list(engine.module.named_parameters())
         shapes = {name: tuple(p.ds_shape) for name, p in named if hasattr(p, "ds_shape")}
         reports = Reports()
@@ -169,13 +169,13 @@ def configure(engine: Any, make_optimizer: Callable[[], None]) -> None:
     _refuse_parallelism(engine, config)
     state = EngineState(engine, config)
     state.reducer.agree()
-    backend.install()
     with worker_sums(engine, state.reducer):
         make_optimizer()
     adapt_optimizer(engine, state.reducer)
+    state.front = backend.install()
     vars(engine)[_ATTRIBUTE] = state
-    vars(engine.optimizer)[_ATTRIBUTE] = state
-    _active.add(id(engine))
+    if engine.zero_optimization():
+        vars(engine.optimizer)[_ATTRIBUTE] = state
     if engine.monitor.enabled:
         sink = MonitorSink(engine.monitor, engine.train_batch_size())
         state.reducer.reports.add(Telemetry([sink], rank=engine.global_rank), close=True)
@@ -185,10 +185,10 @@ def release(engine: Any) -> None:
     """Forget a destroyed engine; DeepSpeed has its own backend again after the last one."""
     state = vars(engine).pop(_ATTRIBUTE, None)
     if state is not None:
+        vars(engine.optimizer).pop(_ATTRIBUTE, None)
         state.reducer.close()
-        _active.discard(id(engine))
-        if not _active:
-            backend.uninstall()
+        if state.front is not None:
+            backend.uninstall(state.front)
 
 
 def _agree_on_the_block(engine: Any, config: QodaConfig | None) -> None:

@@ -115,6 +115,7 @@ HOOKS: tuple[Hook, ...] = (
         ("buffer_to_reduce", "communication_data_type"),
         ("bucket.params", "dist.all_reduce("),
     ),
+    Hook(*_ZERO3, "_get_param_partition_group", ("param",)),
     Hook(*_BACKEND, "all_reduce", ("tensor", "op", "group", "async_op")),
     Hook(*_BACKEND, "reduce", ("tensor", "dst", "op", "group", "async_op")),
     Hook(*_BACKEND, "reduce_scatter_tensor", ("output_tensor", "input_tensor", "op", "group", "async_op")),
