@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 from hvd_qoda.traffic import all_gather_bytes, all_reduce_bytes
+from qoda_kernels.codebook import Codebook
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.registry import COMPRESSIBLE_DTYPES, CodebookRegistry, ParameterEntry
 
@@ -89,7 +90,7 @@ def with_groups(
     return sorted((b for b in [*buffers, *fill_buffers(rest, buffer_bytes)] if b), key=lambda b: position[b[-1]])
 
 
-def parcels_of(gradients: Sequence[Gradient], registry: CodebookRegistry, size: int) -> Parcels:
+def parcels_of(gradients: Sequence[Gradient], registry: CodebookRegistry, size: int, quantize: bool = True) -> Parcels:
     """How the gradients of one fusion buffer travel.
 
     What is not quantized travels in the message, too, as raw values that are added up in rank order, if the host's own
@@ -101,13 +102,16 @@ def parcels_of(gradients: Sequence[Gradient], registry: CodebookRegistry, size: 
         gradients: in order, none of them empty.
         registry: the codebooks.
         size: number of ranks.
+        quantize: if not, everything is exact, and the host reduces all that it can.
     """
-    quantized = [g for g in gradients if _is_quantized(g, registry)]
-    exact = [g for g in gradients if not _is_quantized(g, registry)]
+    quantized = [g for g in gradients if quantize and _is_quantized(g, registry)]
+    exact = [g for g in gradients if g not in quantized]
     movable = sum(g.nbytes for g in exact if g.dtype in (torch.float32, torch.float16))
     saved = all_gather_bytes(movable, size) - all_reduce_bytes(movable, size)
     threshold = _WORTH_A_COLLECTIVE_BYTES if quantized else 0
-    in_message = {torch.bfloat16} | ({torch.float32, torch.float16} if saved <= threshold else set())
+    in_message = {torch.bfloat16}
+    if quantize and saved <= threshold:
+        in_message |= {torch.float32, torch.float16}
     by_host: dict[torch.dtype, tuple[str, ...]] = {}
     for gradient in exact:
         if gradient.dtype not in in_message:
@@ -115,9 +119,10 @@ def parcels_of(gradients: Sequence[Gradient], registry: CodebookRegistry, size: 
     slices = [
         Slice(g.entry.name, 0, g.entry.numel, g.dtype, g.entry.codebook, g.entry.offset)
         for g in gradients
-        if _is_quantized(g, registry) or g.dtype in in_message
+        if g in quantized or g.dtype in in_message
     ]
-    return Parcels(MessagePlan.build(slices, registry.codebooks) if slices else None, by_host)
+    books = registry.codebooks if quantize else dict.fromkeys(registry.codebooks, Codebook.exact())
+    return Parcels(MessagePlan.build(slices, books) if slices else None, by_host)
 
 
 def _is_quantized(gradient: Gradient, registry: CodebookRegistry) -> bool:

@@ -99,8 +99,8 @@ class Message:
         self.exchange.start(values, self._session.stamp)
         self._world.pending.add(self.exchange)
         self._session.observe(self._key, self.exchange, values)
-        for key, coordinates, raw_bytes, sent_bytes in self._costs:
-            self._session.account(key, coordinates, raw_bytes, sent_bytes)
+        for key, coordinates, raw_bytes, sent_bytes, exact in self._costs:
+            self._session.account(key, coordinates, raw_bytes, sent_bytes, exact)
 
     def finish(self) -> None:
         """See `Parcel`."""
@@ -139,7 +139,7 @@ class HostReduction:
             codebook = session.registry.parameters[key].codebook
             raw_bytes = all_reduce_bytes(gradient.nbytes, size)
             session.observe_exact(key, codebook, gradient)
-            session.account(codebook, gradient.numel(), raw_bytes, raw_bytes)
+            session.account(codebook, gradient.numel(), raw_bytes, raw_bytes, exact=True)
         session.meter.all_reduce(sum(gradient.nbytes for gradient in self._sent), size)
         factor = reduction.predivide_factor if reduction.averages else 1.0
         self._handle = hvd.grouped_allreduce_async_(
@@ -192,7 +192,8 @@ class SparseGather:
         parts = [gradient._indices().t().contiguous(), gradient._values().contiguous()]
         for part, what in zip(parts, ("indices", "values"), strict=True):
             sent_bytes = session.meter.all_gather(part.nbytes, size)
-            session.account(self._codebook, part.numel() if what == "values" else 0, sent_bytes, sent_bytes)
+            coordinates = part.numel() if what == "values" else 0
+            session.account(self._codebook, coordinates, sent_bytes, sent_bytes, exact=True)
             name, process_set = f"{self._name}.{what}", self._reduction.process_set
             self._handles.append(hvd.allgather_async(part, name=name, process_set=process_set))
 
@@ -233,8 +234,8 @@ def _write(parameter: torch.Tensor, result: torch.Tensor) -> None:
     parameter.grad = result.to_sparse(gradient.sparse_dim()) if gradient is not None and gradient.is_sparse else result
 
 
-def _costs(exchange: Exchange, size: int) -> list[tuple[str, int, float, float]]:
-    """By codebook: its key, coordinates, bytes of the host's all-reduce, and bytes that this rank sends."""
+def _costs(exchange: Exchange, size: int) -> list[tuple[str, int, float, float, bool]]:
+    """By codebook: key, coordinates, bytes of the host's all-reduce, bytes that this rank sends, whether exact."""
     segments = exchange.plan.segments
     per_byte = exchange.sent_bytes / max(1, exchange.plan.payload_bytes)
     costs = []
@@ -242,5 +243,7 @@ def _costs(exchange: Exchange, size: int) -> list[tuple[str, int, float, float]]
         mine = [segment for segment in segments if segment.slice.codebook == key]
         raw = sum(segment.slice.length * segment.slice.dtype.itemsize for segment in mine)
         sent = per_byte * sum(segment.end - segment.begin for segment in mine)
-        costs.append((key, sum(s.slice.length for s in mine), all_reduce_bytes(raw, size), sent))
+        costs.append(
+            (key, sum(s.slice.length for s in mine), all_reduce_bytes(raw, size), sent, mine[0].format.is_exact)
+        )
     return costs

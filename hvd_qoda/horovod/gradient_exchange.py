@@ -11,6 +11,9 @@ random numbers depend on what it owns.
 
 Second phases of a reduce-scatter are not started before the optimizer steps: how many collectives a rank has started at
 a line of the user's program must not depend on time (see `hvd_qoda.horovod.transport`).
+
+With exchange="auto" each buffer takes the scheme that sends fewer bytes ("by_bytes"): step times are not tried here, as
+they are under the stock optimizer (`hvd_qoda.scheme_choice`).
 """
 
 import logging
@@ -292,6 +295,7 @@ class GradientExchange:
             self._world, self._buffers = None, []
         if self._world is None:
             self._world = World(self._session, self._reduction.process_set, early_roll_call=True)
+            self._world.know_hosts()
             self._make_buffers(self._world)
         return self._world
 
@@ -341,14 +345,17 @@ class GradientExchange:
         if not self._fusion.sparse_as_dense and names[0] in self._fusion.sparse:
             return [SparseGather(names[0], session, world, reduction)]
         gradients = [Gradient(session.registry.parameters[name], self._hooked[name]) for name in names]
-        ways = parcels_of(gradients, session.registry, world.transport.size)
+        scheme = session.config.exchange
+        ways = parcels_of(gradients, session.registry, world.transport.size, quantize=scheme != "off")
         parcels: list[Parcel] = []
         if ways.plan is not None:
-            exchange = world.new_exchange(ways.plan, f"buffer.{number}")
+            exact = all(segment.format.is_exact for segment in ways.plan.segments)
+            make = world.new_exact_exchange if exact else world.new_exchange
+            exchange = make(ways.plan, f"buffer.{number}")
             parcels.append(Message(f"buffer {number}", exchange, session, world, reduction))
-        for dtype, exact in ways.by_host.items():
+        for dtype, reduced in ways.by_host.items():
             kind = str(dtype).removeprefix("torch.")
-            parcels.append(HostReduction(f"buffer.{number}.{kind}", exact, session, world, reduction))
+            parcels.append(HostReduction(f"buffer.{number}.{kind}", reduced, session, world, reduction))
         return parcels
 
     def _agree_on_order(self, world: World) -> None:

@@ -61,8 +61,7 @@ class World:
         session = self._session
         if session.begin_step(self.transport, self.transport.require_roll_call):
             self._use_codebooks(session.registry.codebooks)
-        if self._hosts is None and session.config.exchange in ("auto", "hierarchical"):
-            self._hosts = gather_hosts(self.transport, f"{session.name}.hosts")
+        self.know_hosts()
         said = None
         if session.choice is not None and messages is not None:
             said = session.choice.begin_step(self.transport, messages, lambda: self._measure(messages()))
@@ -71,6 +70,11 @@ class World:
         if self._early_roll_call:
             self.transport.begin_roll_call()
         return said is not None
+
+    def know_hosts(self) -> None:
+        """Find out which ranks share a host, if a scheme needs it; a collective call that waits, once."""
+        if self._hosts is None and self._session.config.exchange in ("auto", "hierarchical"):
+            self._hosts = gather_hosts(self.transport, f"{self._session.name}.hosts")
 
     def scheme_of(self, message: str) -> str:
         """The scheme of a message in this step: as configured or, with "auto", as chosen."""

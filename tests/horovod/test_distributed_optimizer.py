@@ -156,28 +156,29 @@ def test_exact_gradients_of_any_dtype_travel_together(two_ranks: RankPool, four_
     four_ranks.run(exact_mixture, op, SMALL_MB)
 
 
-def exact_equals_stock(make: str) -> list[bytes]:
+def exact_equals_stock(make: str, **settings: Any) -> list[bytes]:
     results = []
     for ours in (True, False):
         model = make_model()
         wrap = overlapping if ours else make_optimizer
-        optimizer = wrap(model, make_qoda(model, bits=32) if ours else hvd.Compression.none, getattr(torch.optim, make))
+        compression = make_qoda(model, **settings) if ours else hvd.Compression.none
+        optimizer = wrap(model, compression, getattr(torch.optim, make))
         train(model, optimizer, range(4))
         results.append(bits_of(model.parameters()))
     assert results[0] == results[1]
     return results[0]
 
 
-@pytest.mark.parametrize("make", ["SGD", "Adam"])
-def test_32_bits_are_stock_training_bit_for_bit(two_ranks: RankPool, make: str) -> None:
-    results = two_ranks.run(exact_equals_stock, make)
+@pytest.mark.parametrize(("make", "settings"), [("SGD", {"bits": 32}), ("Adam", {"exchange": "off"})])
+def test_32_bits_are_stock_training_bit_for_bit(two_ranks: RankPool, make: str, settings: dict[str, Any]) -> None:
+    results = two_ranks.run(exact_equals_stock, make, **settings)
     assert results[0] == results[1]
 
 
-def reduce_scatter_is_near(steps: int = 3) -> list[bytes]:
+def reduce_scatter_is_near(steps: int = 3, exchange: str = "reduce_scatter") -> list[bytes]:
     """Shares are those of a buffer, so bits differ from the stock route's; the error is that of two quantizations."""
     model = make_model()
-    compression = make_qoda(model, exchange="reduce_scatter")
+    compression = make_qoda(model, exchange=exchange)
     optimizer = overlapping(model, compression)
     for step in range(steps):
         own = local_gradients(model, lambda step=step: loss_of(model, step))
@@ -191,6 +192,11 @@ def reduce_scatter_is_near(steps: int = 3) -> list[bytes]:
         with optimizer.skip_synchronize():
             optimizer.step()
     return bits_of(model.parameters())
+
+
+def test_hierarchical_exchange(two_ranks: RankPool) -> None:
+    results = two_ranks.run(reduce_scatter_is_near, exchange="hierarchical")
+    assert results[0] == results[1]
 
 
 def test_reduce_scatter(four_ranks: RankPool) -> None:
