@@ -45,13 +45,14 @@ from qoda_kernels.layer_types import LAYER_TYPES
 from qoda_kernels.registry import (
     DEFAULT_MIN_NUMEL,
     LEVEL_SCHEMES,
+    BitPlanning,
     CodebookRegistry,
     LayerRule,
     LayerSettings,
 )
 from qoda_kernels.tails import TAIL_SCHEMES, TAIL_SHARE, TailSettings
 
-__all__ = ["ENVIRONMENT", "LayerRule", "QodaConfig", "Tails", "UpdateLevels"]
+__all__ = ["ENVIRONMENT", "AutoBits", "LayerRule", "QodaConfig", "Tails", "UpdateLevels"]
 
 ENVIRONMENT: Mapping[str, str] = {
     "CGX_COMPRESSION_QUANTIZATION_BITS": "bits",
@@ -72,6 +73,14 @@ def _check_bits(bits: int) -> int:
     if bits != EXACT_BITS and not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"must be {MIN_BITS} to {MAX_BITS}, or {EXACT_BITS} for no compression")
     return bits
+
+
+def _check_bits_or_auto(bits: Any) -> Any:
+    if bits == "auto":
+        return bits
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise ValueError("must be a whole number or 'auto'")
+    return _check_bits(bits)
 
 
 def _check_bucket_size(size: int) -> int:
@@ -104,6 +113,8 @@ def _rule_fields(rule: Any) -> Any:
 
 
 _Bits = Annotated[int, AfterValidator(_check_bits)]
+_BitsOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_check_bits_or_auto)]
+_Width = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
 _BucketSize = Annotated[int, AfterValidator(_check_bucket_size)]
 _Levels = Annotated[str | tuple[float, ...], BeforeValidator(_check_levels)]
 _Norm = Literal["max", "l2"]
@@ -129,6 +140,8 @@ class LayerRuleFields(_Model):
     norm: _Norm | None = None
     norm_format: _NormFormat | None = None
     levels: _Levels | None = None
+    min_bits: _Width | None = None
+    max_bits: _Width | None = None
 
     @model_validator(mode="after")
     def _is_a_rule(self) -> "LayerRuleFields":
@@ -200,10 +213,36 @@ class Tails(_Model):
         return TailSettings(self.optimum, self.gmin, self.tail_share)
 
 
+class AutoBits(_Model):
+    """How code widths are planned with bits="auto": anew at every update of the levels, from the same statistics.
+
+    - `budget`: "variance" for the fewest bytes with no more squared error than `reference` bits everywhere would have;
+      "bytes" for the least squared error with no more bytes. Default "variance".
+    - `reference`: the width that the budget is that of, and that training starts with. Default 5.
+    - `min_bits`: least width. Default 2.
+    - `max_bits`: largest width. Default 8.
+    """
+
+    budget: Literal["variance", "bytes"] = "variance"
+    reference: _Width = 5
+    min_bits: _Width = MIN_BITS
+    max_bits: _Width = MAX_BITS
+
+    @field_validator("max_bits")
+    @classmethod
+    def _is_not_below(cls, max_bits: int, info: ValidationInfo) -> int:
+        if max_bits < info.data.get("min_bits", MIN_BITS):
+            raise ValueError(f"is smaller than min_bits={info.data['min_bits']}")
+        return max_bits
+
+
 class QodaConfig(_Model):
     """Configuration of layer-wise quantized gradients; immutable, equal on all ranks.
 
-    - `bits`: code width, 2 to 8, of every parameter that no rule changes; 32 means no compression. Default 5.
+    - `bits`: code width, 2 to 8, of every parameter that no rule changes; 32 means no compression; "auto" plans them
+      (see `AutoBits`). Default 5.
+    - `auto_bits`: how "auto" plans: `budget`, `reference`, `min_bits`, `max_bits`.
+    - `codebooks`: whether parameters share one "per_type" or have one each, "per_layer". Default "per_type".
     - `bucket_size`: coordinates that share one norm; a multiple of 128 between 128 and 8192. Default 512.
     - `norm`: what normalises a bucket, "max" or "l2". Default "max".
     - `norm_format`: how norms travel, "fp32" or "bf16" (rounded up). Default "fp32".
@@ -219,7 +258,8 @@ class QodaConfig(_Model):
     - `dither`: "independent", or "stratified": the ranks' random roundings are chosen so that their errors cancel in
       the mean; each rank's stays unbiased. Default "independent".
     - `layers`: rules, later ones win: selectors `type`, `name` (shell pattern), `min_numel`, `max_numel`; and `bits`,
-      `bucket_size`, `norm`, `norm_format`, `levels`, or `as_type`, which assigns another layer type. Default none.
+      `bucket_size`, `norm`, `norm_format`, `levels`, `min_bits` and `max_bits` (bounds for bits="auto"), or `as_type`,
+      which assigns another layer type. Default none.
     - `update_levels`: when adaptive levels are recomputed: `at`, `every`, `statistics`, `samples` (see `UpdateLevels`).
     - `min_numel`: parameters with fewer elements, like biases and norms, are not compressed unless a rule says so.
       Default 1024.
@@ -234,7 +274,9 @@ class QodaConfig(_Model):
         ConfigError: naming every key that is unknown or has an impossible value.
     """
 
-    bits: _Bits = 5
+    bits: _BitsOrAuto = 5
+    auto_bits: AutoBits = AutoBits()
+    codebooks: Literal["per_type", "per_layer"] = "per_type"
     bucket_size: _BucketSize = 512
     norm: _Norm = "max"
     norm_format: _NormFormat = "fp32"
@@ -269,6 +311,8 @@ class QodaConfig(_Model):
     @classmethod
     def _levels_fit_bits(cls, levels: str | tuple[float, ...], info: ValidationInfo) -> str | tuple[float, ...]:
         bits = info.data.get("bits", EXACT_BITS)  # absent if itself impossible; levels have no use at 32 bits
+        if isinstance(levels, tuple) and bits == "auto":
+            raise ValueError("a list of levels fits one code width: bits cannot be 'auto'")
         if isinstance(levels, tuple) and bits != EXACT_BITS and len(levels) != 1 << (bits - 1):
             raise ValueError(f"bits={bits} needs {1 << (bits - 1)} levels; got {len(levels)}")
         return levels
@@ -342,8 +386,11 @@ class QodaConfig(_Model):
     @property
     def settings(self) -> LayerSettings:
         """Settings of parameters that no rule changes."""
-        tails = self.tails.to_settings()
-        return LayerSettings(self.bits, self.bucket_size, self.norm, self.norm_format, self.levels, tails)
+        common = (self.bucket_size, self.norm, self.norm_format, self.levels, self.tails.to_settings())
+        if self.bits != "auto":
+            return LayerSettings(self.bits, *common)
+        auto = self.auto_bits
+        return LayerSettings(auto.reference, *common, min_bits=auto.min_bits, max_bits=auto.max_bits)
 
     @property
     def rules(self) -> tuple[LayerRule, ...]:
@@ -364,7 +411,10 @@ class QodaConfig(_Model):
         Raises:
             RegistryError: for a rule that matches nothing.
         """
-        return CodebookRegistry.build(parameters, self.settings, self.rules, self.min_numel, shapes)
+        planning = BitPlanning(self.auto_bits.budget, self.auto_bits.reference) if self.bits == "auto" else None
+        return CodebookRegistry.build(
+            parameters, self.settings, self.rules, self.min_numel, shapes, self.codebooks == "per_layer", planning
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All keys as JSON-able values; `from_dict` restores the configuration exactly."""
@@ -393,6 +443,13 @@ class QodaConfig(_Model):
     def _check_updates(self) -> None:
         schemes = (self.levels, *(layer.levels for layer in self.layers))
         learnt = [scheme for scheme in schemes if scheme in ("adaptive", *TAIL_SCHEMES)]
+        if self.bits == "auto" and not self.update_levels.happens:
+            raise ConfigError('update_levels: bits="auto" needs `at` or `every`')
+        for position, layer in enumerate(self.layers):
+            if self.bits != "auto" and (layer.min_bits is not None or layer.max_bits is not None):
+                raise ConfigError(f'layers[{position}]: min_bits and max_bits are bounds for bits="auto"')
+            if self.bits == "auto" and layer.bits is None and isinstance(layer.levels, tuple):
+                raise ConfigError(f"layers[{position}].levels: a list of levels fits one code width: give `bits`, too")
         if learnt and not self.update_levels.happens:
             raise ConfigError(
                 f"update_levels: {learnt[0]} levels need `at` or `every`; for levels that never change use "
@@ -534,6 +591,7 @@ _MESSAGES = {
     "model_type": "must map keys to values",
     "greater_than": "must be larger than {gt:g}",
     "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
     "less_than": "must be less than {lt}",
     "finite_number": "must be finite",
 }
@@ -566,7 +624,7 @@ def _model_at(model: type[_Model], location: Sequence[int | str]) -> type[_Model
     """The model whose key the last part of the location is."""
     if location[0] == "layers" and len(location) > 1:
         return LayerRuleFields
-    blocks: dict[str, type[_Model]] = {"update_levels": UpdateLevels, "tails": Tails}
+    blocks: dict[str, type[_Model]] = {"update_levels": UpdateLevels, "tails": Tails, "auto_bits": AutoBits}
     return blocks.get(str(location[0]), model) if len(location) > 1 else model
 
 

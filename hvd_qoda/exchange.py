@@ -95,7 +95,11 @@ class Exchange(Protocol):
         """Name of the collective under way, for messages."""
 
     def use_codebooks(self, codebooks: Mapping[str, Codebook]) -> None:
-        """Encode and decode with other levels from the next round on."""
+        """Encode and decode with other levels from the next round on.
+
+        Where formats differ, such as the bits, the plan becomes another one and messages get other sizes: every rank
+        does so between the same two rounds.
+        """
 
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """Encode and send without waiting; `values` may change as soon as this returns.
@@ -170,7 +174,7 @@ class AllGatherExchange:
         self.waiting_for = f"{name}.all_gather"
         self._transport = transport
         self._threads = threads
-        self._message = torch.empty(plan.message_bytes, dtype=torch.uint8)
+        self._message = torch.empty(0, dtype=torch.uint8)
         self._handle: Handle | None = None
         self._stamp = Stamp(0, 0, 0)
         self.use_codebooks(codebooks)
@@ -188,7 +192,10 @@ class AllGatherExchange:
     def use_codebooks(self, codebooks: Mapping[str, Codebook]) -> None:
         """See `Exchange`."""
         self._codebooks = codebooks
-        self._share = self._make_share(codebooks)
+        self.plan = replanned(self.plan, codebooks)
+        self._share = self._make_share(self.plan, codebooks)
+        if self._message.numel() != self.plan.message_bytes:
+            self._message = torch.empty(self.plan.message_bytes, dtype=torch.uint8)
 
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
@@ -234,7 +241,8 @@ class AllGatherExchange:
         self, message: torch.Tensor, stamp: Stamp, codebooks: Mapping[str, Codebook]
     ) -> "OwnMessage":
         """See `Exchange`."""
-        return self._own_message(message, stamp, self._make_share(codebooks), codebooks)
+        share = self._make_share(replanned(self.plan, codebooks), codebooks)
+        return self._own_message(message, stamp, share, codebooks)
 
     def _send(self) -> None:
         sizes = [self.plan.message_bytes] * self._transport.size
@@ -244,11 +252,11 @@ class AllGatherExchange:
         self, message: torch.Tensor, stamp: Stamp, share: "Share", codebooks: Mapping[str, Codebook]
     ) -> "OwnMessage":
         return OwnMessage(
-            message, stamp, self._transport.rank, self.plan, (share,), used_codebooks(self.plan, codebooks)
+            message, stamp, self._transport.rank, share.plan, (share,), used_codebooks(share.plan, codebooks)
         )
 
-    def _make_share(self, codebooks: Mapping[str, Codebook]) -> "Share":
-        return Share(self.plan, pieces_of(self.plan, self.plan), Codec(self.plan, codebooks, self._threads))
+    def _make_share(self, plan: MessagePlan, codebooks: Mapping[str, Codebook]) -> "Share":
+        return Share(plan, pieces_of(plan, plan), Codec(plan, codebooks, self._threads))
 
 
 class ReduceScatterExchange:
@@ -275,12 +283,8 @@ class ReduceScatterExchange:
         self._name = name
         self._transport = transport
         self._threads = threads
+        self._bytes: list[int] = []
         self.use_codebooks(codebooks)
-        self._bytes = [share.plan.message_bytes for share in self._shares]
-        own = self._shares[transport.rank].plan
-        self._message = torch.empty(sum(self._bytes), dtype=torch.uint8)
-        self._mean = [torch.empty(segment.slice.length, dtype=segment.slice.dtype) for segment in own.segments]
-        self._mean_message = torch.empty(own.message_bytes, dtype=torch.uint8)
         self._stamp = Stamp(0, 0, 0)
         self._first: Handle | None = None
         self._second: Handle | None = None
@@ -304,8 +308,18 @@ class ReduceScatterExchange:
 
     def use_codebooks(self, codebooks: Mapping[str, Codebook]) -> None:
         """See `Exchange`."""
+        before = self.plan
         self._codebooks = codebooks
-        self._shares = self._make_shares(codebooks)
+        self.plan = replanned(before, codebooks)
+        self._wide = replanned(self._wide, codebooks)
+        self._shares = self._make_shares(self._wide, codebooks)
+        if self._bytes and self.plan is before:
+            return
+        self._bytes = [share.plan.message_bytes for share in self._shares]
+        own = self._shares[self._transport.rank].plan
+        self._message = torch.empty(sum(self._bytes), dtype=torch.uint8)
+        self._mean = [torch.empty(segment.slice.length, dtype=segment.slice.dtype) for segment in own.segments]
+        self._mean_message = torch.empty(own.message_bytes, dtype=torch.uint8)
 
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
@@ -370,16 +384,17 @@ class ReduceScatterExchange:
         self, message: torch.Tensor, stamp: Stamp, codebooks: Mapping[str, Codebook]
     ) -> "OwnMessage":
         """See `Exchange`."""
-        return self._own_message(message, stamp, self._make_shares(codebooks), codebooks)
+        shares = self._make_shares(replanned(self._wide, codebooks), codebooks)
+        return self._own_message(message, stamp, shares, codebooks)
 
     def _own_message(
         self, message: torch.Tensor, stamp: Stamp, shares: tuple["Share", ...], codebooks: Mapping[str, Codebook]
     ) -> "OwnMessage":
         return OwnMessage(message, stamp, self._transport.rank, self.plan, shares, used_codebooks(self.plan, codebooks))
 
-    def _make_shares(self, codebooks: Mapping[str, Codebook]) -> tuple["Share", ...]:
-        plans = self._wide.split(self._transport.size)
-        return tuple(Share(plan, pieces_of(self._wide, plan), Codec(plan, codebooks, self._threads)) for plan in plans)
+    def _make_shares(self, wide: MessagePlan, codebooks: Mapping[str, Codebook]) -> tuple["Share", ...]:
+        plans = wide.split(self._transport.size)
+        return tuple(Share(plan, pieces_of(wide, plan), Codec(plan, codebooks, self._threads)) for plan in plans)
 
     def _send(self) -> None:
         received = [self._bytes[self._transport.rank]] * self._transport.size
@@ -550,6 +565,13 @@ def pieces_of(plan: MessagePlan, share: MessagePlan) -> tuple[Piece, ...]:
         begin = part.start - plan.segments[index].slice.start
         pieces.append(Piece(index, begin, begin + part.length))
     return tuple(pieces)
+
+
+def replanned(plan: MessagePlan, codebooks: Mapping[str, Codebook]) -> MessagePlan:
+    """The plan itself, or one of the same slices where the codebooks have other formats now."""
+    if all(segment.format == codebooks[segment.slice.codebook].format for segment in plan.segments):
+        return plan
+    return MessagePlan.build([segment.slice for segment in plan.segments], codebooks)
 
 
 def used_codebooks(plan: MessagePlan, codebooks: Mapping[str, Codebook]) -> dict[str, Codebook]:

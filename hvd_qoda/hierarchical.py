@@ -26,6 +26,7 @@ from hvd_qoda.exchange import (
     exchange_by_bytes,
     in_float32,
     pieces_of,
+    replanned,
     under_way,
     write_refusal,
 )
@@ -107,6 +108,7 @@ class HierarchicalExchange:
 
     def use_codebooks(self, codebooks: Mapping[str, Codebook]) -> None:
         """See `Exchange`."""
+        self.plan = replanned(self.plan, codebooks)
         self._across.use_codebooks(codebooks)
 
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:

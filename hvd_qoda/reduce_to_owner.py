@@ -15,6 +15,7 @@ from hvd_qoda.exchange import (
     Share,
     Stamp,
     check_not_refused,
+    replanned,
     under_way,
     used_codebooks,
     write_refusal,
@@ -62,9 +63,8 @@ class ReduceToOwnerExchange:
         self._owners = tuple(owners)
         self._transport = transport
         self._threads = threads
+        self._bytes: list[int] = []
         self.use_codebooks(codebooks)
-        self._bytes = [share.plan.message_bytes for share in self._shares]
-        self._message = torch.empty(sum(self._bytes), dtype=torch.uint8)
         self._handle: Handle | None = None
         self._stamp = Stamp(0, 0, 0)
 
@@ -81,7 +81,12 @@ class ReduceToOwnerExchange:
     def use_codebooks(self, codebooks: Mapping[str, Codebook]) -> None:
         """See `Exchange`."""
         self._codebooks = codebooks
+        self.plan = replanned(self.plan, codebooks)
         self._shares = self._make_shares(codebooks)
+        sizes = [share.plan.message_bytes for share in self._shares]
+        if sizes != self._bytes:
+            self._bytes = sizes
+            self._message = torch.empty(sum(sizes), dtype=torch.uint8)
 
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
@@ -139,7 +144,8 @@ class ReduceToOwnerExchange:
     def _own_message(
         self, message: torch.Tensor, stamp: Stamp, shares: tuple[Share, ...], codebooks: Mapping[str, Codebook]
     ) -> OwnMessage:
-        return OwnMessage(message, stamp, self._transport.rank, self.plan, shares, used_codebooks(self.plan, codebooks))
+        plan = replanned(self.plan, codebooks)
+        return OwnMessage(message, stamp, self._transport.rank, plan, shares, used_codebooks(plan, codebooks))
 
     def _make_shares(self, codebooks: Mapping[str, Codebook]) -> tuple[Share, ...]:
         shares = []

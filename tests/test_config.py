@@ -114,6 +114,15 @@ WRONG = [
     ({"update_levels": {"at": [], "every": None}, "levels": "tnq"}, "update_levels", "tnq levels need"),
     ({"tails": {"optimum": "fixedpoint"}}, "tails.optimum=", "did you mean 'fixed_point'"),
     ({"tails": {"tail_share": 0.5}}, "tails.tail_share=0.5", "less than 0.5"),
+    ({"bits": "auto", "update_levels": {"at": [], "every": None}}, "update_levels", "`at` or `every`"),
+    ({"bits": "auto", "levels": [0, 1]}, "levels=[0, 1]", "one code width"),
+    ({"bits": "auto", "layers": [{"type": "norm", "levels": [0, 1]}]}, "layers[0].levels", "give `bits`"),
+    ({"layers": [{"type": "norm", "min_bits": 4}]}, "layers[0]", 'bits="auto"'),
+    ({"bits": "automatic"}, "bits='automatic'", "or 'auto'"),
+    ({"auto_bits": {"budget": "byte"}}, "auto_bits.budget='byte'", "did you mean 'bytes'"),
+    ({"auto_bits": {"min_bits": 6, "max_bits": 5}}, "auto_bits.max_bits=5", "smaller than min_bits=6"),
+    ({"auto_bits": {"reference": 9}}, "auto_bits.reference=9", "at most 8"),
+    ({"codebooks": "per_layers"}, "codebooks='per_layers'", "did you mean 'per_layer'"),
     ({"tails": {"gmax": "quantile"}}, "tails.gmax", "did you mean 'gmin'"),
 ]
 

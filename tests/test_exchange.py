@@ -293,6 +293,32 @@ def test_other_levels_are_used_after_use_codebooks(scheme: str) -> None:
     assert_same_bits([results[0], run_round(fresh, values, Stamp(3, 8, 2))[0]])
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_other_bits_are_used_after_use_codebooks(scheme: str) -> None:
+    """A new plan of the bits: messages of another size, and kept messages of before can still be read."""
+    group, plan = InMemoryGroup(3), plan_of(3000, 700)
+    values = [random_values(plan, rank) for rank in range(3)]
+    exchanges = make_all(scheme, plan, group)
+    first = run_round(exchanges, values)
+    kept, bytes_before = exchanges[1].own_message(), exchanges[1].sent_bytes
+    before = kept.decode()
+    codebooks = {**CODEBOOKS, "body": Codebook.uniform(8, bucket_size=128)}
+    for exchange in exchanges:
+        exchange.use_codebooks(codebooks)
+    second = run_round(exchanges, values)
+    wider = MessagePlan.build([segment.slice for segment in plan.segments], codebooks)
+    new = [make_exchange(scheme, wider, codebooks, transport, "y") for transport in group.transports]
+    assert_same_bits([*second, *run_round(new, values)])
+    assert exchanges[1].sent_bytes == new[1].sent_bytes > bytes_before
+    mean = torch.stack([torch.cat(own) for own in values]).mean(dim=0)
+    errors = [float((torch.cat(result[0]) - mean).square().sum()) for result in (first, second)]
+    assert errors[1] < errors[0] / 16
+    again = exchanges[1].restore_own_message(kept.message, kept.stamp, kept.codebooks)
+    for one, other, third in zip(before, again.decode(), kept.decode(), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)
+
+
 def advance_all(exchanges: Sequence[Exchange]) -> None:
     for _ in range(3):
         for exchange in exchanges:

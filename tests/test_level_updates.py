@@ -10,6 +10,7 @@ import torch
 from hvd_qoda.config import QodaConfig
 from hvd_qoda.errors import RankMismatchError
 from hvd_qoda.level_updates import LevelUpdates
+from qoda_kernels.errors import RegistryError
 from qoda_kernels.levels import minimum_variance_levels
 from qoda_kernels.magnitudes import MagnitudeStatistics
 from qoda_kernels.registry import CodebookRegistry
@@ -241,3 +242,76 @@ def test_schemes_may_differ_by_layer_type() -> None:
     assert after[0].codebooks["feed_forward"].clip > 0.0
     assert after[0].codebooks["attention"].clip == 0.0
     assert after[0].codebooks["attention"].version == 1
+
+
+AUTO_SIZES = {"a.weight": 4000, "b.weight": 20000, "c.weight": 8000, "d.weight": 3000}
+AUTO_SCALES = {"a.weight": 30.0, "b.weight": 1.0, "c.weight": 1e-3, "d.weight": 5.0}
+
+
+def auto_run(config: QodaConfig, ranks: int = 3) -> tuple[CodebookRegistry, list[CodebookRegistry]]:
+    """Registries before and after one plan on every rank; the layers' gradients have very different sizes."""
+    start = config.build_registry([(name, torch.zeros(size // 50, 50)) for name, size in AUTO_SIZES.items()])
+
+    def train(transport: Any) -> CodebookRegistry:
+        updates, registry = LevelUpdates(config.update_levels, start), start
+        for step in range(1, 5):
+            registry = updates.begin_step(step, registry, transport)
+            for name, size in AUTO_SIZES.items():
+                if updates.wants(step, registry.parameters[name].codebook):
+                    generator = torch.Generator().manual_seed(100 * transport.rank + step)
+                    updates.gather(name, AUTO_SCALES[name] * torch.randn(size, generator=generator), registry)
+            updates.end_step(step, registry, transport)
+        return registry
+
+    return start, InMemoryGroup(ranks).run(train)
+
+
+def auto_configuration(**keywords: Any) -> QodaConfig:
+    return QodaConfig(**{"update_levels": SCHEDULE, "bits": "auto", "codebooks": "per_layer", **keywords})
+
+
+def sent_bits(registry: CodebookRegistry) -> int:
+    return sum(entry.numel * registry.codebooks[entry.codebook].bits for entry in registry.parameters.values())
+
+
+@pytest.mark.parametrize("levels", ["adaptive", "uniform", "tnq"])
+def test_bits_are_planned_alike_on_all_ranks_within_the_variance_budget(levels: str) -> None:
+    start, after = auto_run(auto_configuration(levels=levels, auto_bits={"reference": 4}))
+    assert all(registry.digest == after[0].digest for registry in after)
+    assert {book.bits for book in start.codebooks.values()} == {4}
+    bits = {name: after[0].codebooks[entry.codebook].bits for name, entry in after[0].parameters.items()}
+    assert len(after[0].codebooks) == 4  # one each
+    assert bits["c.weight"] == 2  # its error does not matter
+    assert bits["a.weight"] > bits["b.weight"]
+    assert sent_bits(after[0]) < 0.8 * sent_bits(start)
+
+
+def test_the_byte_budget_is_kept() -> None:
+    start, after = auto_run(auto_configuration(auto_bits={"budget": "bytes", "reference": 4}))
+    assert 0.9 * sent_bits(start) < sent_bits(after[0]) <= sent_bits(start)
+    bits = {name: after[0].codebooks[entry.codebook].bits for name, entry in after[0].parameters.items()}
+    assert bits["a.weight"] >= bits["d.weight"] > bits["b.weight"] > bits["c.weight"]
+
+
+def test_bounds_and_fixed_bits_are_respected() -> None:
+    layers = [
+        {"name": "a.*", "max_bits": 5},
+        {"name": "b.*", "bits": 7},
+        {"name": "c.*", "min_bits": 6},
+        {"name": "d.*", "bits": 32},
+    ]
+    start, after = auto_run(auto_configuration(layers=layers, auto_bits={"reference": 5}))
+    bits = {name: after[0].codebooks[entry.codebook].bits for name, entry in after[0].parameters.items()}
+    assert bits == {"a.weight": 5, "b.weight": 7, "c.weight": 6, "d.weight": 32}
+    assert after[0].codebooks[start.parameters["b.weight"].codebook].version == 1  # its levels follow all the same
+    # What a run has planned comes back; a run that plans within other bounds is another configuration.
+    assert start.restored(json.loads(json.dumps(after[0].state_dict()))).digest == after[0].digest
+    other = auto_configuration(layers=[{"name": "a.*", "max_bits": 6}, *layers[1:]], auto_bits={"reference": 5})
+    sizes = [(name, torch.zeros(size // 50, 50)) for name, size in AUTO_SIZES.items()]
+    with pytest.raises(RegistryError, match="widths"):
+        other.build_registry(sizes).restored(after[0].state_dict())
+
+
+def test_a_budget_that_bounds_do_not_allow_is_exceeded_as_little_as_possible() -> None:
+    _, after = auto_run(auto_configuration(auto_bits={"reference": 8, "max_bits": 4}))
+    assert {book.bits for book in after[0].codebooks.values()} == {4}

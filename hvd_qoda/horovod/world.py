@@ -7,7 +7,7 @@ from typing import Any
 
 from hvd_qoda.config import QodaConfig
 from hvd_qoda.cost_model import Layout
-from hvd_qoda.exchange import Exchange, PendingExchanges
+from hvd_qoda.exchange import Exchange, PendingExchanges, exchange_by_bytes
 from hvd_qoda.horovod.transport import HorovodTransport
 from hvd_qoda.hosts import Hosts, gather_hosts
 from hvd_qoda.measurement import measure_codec, measure_link
@@ -92,12 +92,18 @@ class World:
         session = self._session
         if scheme is None:
             scheme = "by_bytes" if session.config.exchange == "auto" else session.config.exchange
+        own_name = f"{session.name}.{name}.{scheme}"
+        if scheme == "by_bytes":
+            # By the widths that training started with: ranks may meet a parameter first at different steps.
+            first = session.registry.first_codebooks
+            slices = [segment.slice for segment in plan.segments]
+            scheme = exchange_by_bytes(MessagePlan.build(slices, first), first, self.transport.size)
         exchange = make_exchange(
             scheme,
             plan,
             session.registry.codebooks,
             self.transport,
-            f"{session.name}.{name}.{scheme}",
+            own_name,
             self._threads,
             self._hosts,
         )

@@ -21,10 +21,11 @@ from typing import ClassVar, Self
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from qoda_kernels.elementary import logarithm
 from qoda_kernels.errors import CodebookError, WireError
-from qoda_kernels.levels import Float32Array, Float64Array
+from qoda_kernels.levels import Float32Array, Float64Array, quantization_variance
 from qoda_kernels.statistics import PiecewiseUniform
 
 _LOWEST_EXPONENT, _TOP_EXPONENT = 27, 155  # exponent fields of 2**-100 and 2**28
@@ -147,15 +148,20 @@ class MagnitudeStatistics:
         return total, sums, logs
 
     def normalised(self, clip: float) -> PiecewiseUniform:
-        """Distribution of |g| / clip on (0, 1), as `levels.minimum_variance_levels` takes it.
+        """Distribution of |g| / clip, also beyond 1, as `levels.minimum_variance_levels` takes it; clip > 0.
 
-        Args:
-            clip: positive; values above it are left out, because they are clipped to the last level.
+        Values of 2**28 and more are left out.
         """
         edges = np.concatenate(([0.0], EDGES)) / clip
-        cells = self._both[:-1] * np.array([1.0, 1.0 / clip, 1.0 / (clip * clip)])
-        inside = edges[1:] <= 1.0
-        return PiecewiseUniform.from_cells(edges[: np.count_nonzero(inside) + 1], cells[inside])
+        return PiecewiseUniform.from_cells(edges, self._both[:-1] * np.array([1.0, 1.0 / clip, 1.0 / (clip * clip)]))
+
+    def squared_error(self, levels: npt.ArrayLike, clip: float) -> float:
+        """Expected squared error, of all values together, of clipping and then rounding at random to clip * levels."""
+        distribution = self.normalised(clip)
+        ends = np.array([1.0, float(EDGES[-1]) / clip])
+        count, first, second = (float(moment[1] - moment[0]) for moment in distribution.cumulative_moments(ends))
+        clipping = second - 2.0 * first + count
+        return clip * clip * (quantization_variance(levels, distribution) + max(clipping, 0.0))
 
     @cached_property
     def _both(self) -> Float64Array:

@@ -25,10 +25,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qoda_kernels.bit_allocation import Budget, Candidate, allocate
 from qoda_kernels.codebook import EXACT_BITS, Codebook
 from qoda_kernels.errors import CodebookError, RegistryError
 from qoda_kernels.layer_types import layer_types, layer_types_of_named_parameters
-from qoda_kernels.levels import Distribution, minimum_variance_levels
+from qoda_kernels.levels import Distribution, minimum_variance_levels, quantization_variance
 from qoda_kernels.magnitudes import MagnitudeStatistics
 from qoda_kernels.tails import TAIL_SCHEMES, Scheme, TailSettings, learnt_truncation
 
@@ -55,6 +56,8 @@ class LayerSettings:
         levels: "uniform", "exponential", "adaptive" (see `codebook`), one of the schemes "tuq", "tnq", "tbq" and
             "laplace", which clip (`tails.py`), or 2^(bits-1) explicit magnitudes from 0 to 1.
         tails: how codebooks that clip are fitted.
+        min_bits: least code width that a plan may choose; None where the width never changes.
+        max_bits: likewise, the largest one.
     """
 
     bits: int = 5
@@ -63,6 +66,8 @@ class LayerSettings:
     norm_format: str = "fp32"
     levels: str | tuple[float, ...] = "adaptive"
     tails: TailSettings = _DEFAULT_TAILS
+    min_bits: int | None = None
+    max_bits: int | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -71,8 +76,15 @@ class LayerSettings:
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether the levels follow the gradients' statistics."""
-        return (self.levels == "adaptive" or self.clips) and not self.is_exact
+        """Whether the levels or the bits follow the gradients' statistics."""
+        return (self.levels == "adaptive" or self.clips or self.widths is not None) and not self.is_exact
+
+    @property
+    def widths(self) -> range | None:
+        """Code widths among which a plan chooses; None where the width never changes."""
+        if self.is_exact or self.min_bits is None or self.max_bits is None:
+            return None
+        return range(self.min_bits, self.max_bits + 1)
 
     @property
     def clips(self) -> bool:
@@ -109,7 +121,7 @@ class LayerSettings:
         if self.clips and self.norm != "max":
             raise CodebookError(f'levels {self.levels!r} clip instead of using norms: norm must be "max"')
         starts_exponential = self.bits <= (4 if self.norm == "max" else 6)
-        if self.levels == "exponential" or (self.is_adaptive and starts_exponential):
+        if self.levels == "exponential" or ((self.levels == "adaptive" or self.clips) and starts_exponential):
             return Codebook.exponential(self.bits, **fields)
         return Codebook.uniform(self.bits, **fields)
 
@@ -129,6 +141,8 @@ class LayerRule:
         norm: "max" or "l2".
         norm_format: "fp32" or "bf16".
         levels: scheme or explicit magnitudes.
+        min_bits: least width that a plan of the bits may choose; a rule that gives `bits` fixes them.
+        max_bits: likewise, the largest one.
 
     Raises:
         RegistryError: for a rule that selects nothing in particular, changes nothing, or contradicts itself.
@@ -144,6 +158,8 @@ class LayerRule:
     norm: str | None = None
     norm_format: str | None = None
     levels: str | tuple[float, ...] | None = None
+    min_bits: int | None = None
+    max_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.levels is not None and not isinstance(self.levels, str):
@@ -156,6 +172,8 @@ class LayerRule:
             raise RegistryError(f"rule {self} changes nothing: give it {', '.join(fields)}")
         if self.min_numel is not None and self.max_numel is not None and self.min_numel > self.max_numel:
             raise RegistryError(f"rule {self}: min_numel is larger than max_numel")
+        if self.min_bits is not None and self.max_bits is not None and self.min_bits > self.max_bits:
+            raise RegistryError(f"rule {self}: min_bits is larger than max_bits")
         if self.as_type is not None and not _TYPE_NAME.fullmatch(self.as_type):
             raise RegistryError(f"rule {self}: a layer type is lower-case letters, digits and underscores")
 
@@ -212,6 +230,20 @@ class ParameterEntry:
 
 
 @dataclass(frozen=True)
+class BitPlanning:
+    """By what the widths of codebooks with `LayerSettings.widths` are chosen (`bit_allocation.py`).
+
+    Attributes:
+        budget: "variance" for the fewest bytes with no more squared error than `reference` bits everywhere would have;
+            "bytes" for the least squared error with no more bytes.
+        reference: code width that the budget is that of.
+    """
+
+    budget: Budget
+    reference: int
+
+
+@dataclass(frozen=True)
 class CodebookRegistry:
     """Codebooks of a model; immutable: an update of levels makes a new registry.
 
@@ -222,12 +254,14 @@ class CodebookRegistry:
         codebooks: codebook key -> codebook. The key is the layer type. Where rules split a type, most of its compressed
             elements keep the plain key, and the others' keys say what differs, as in "convolution/8bit".
         version: how many times levels have been updated.
+        planning: how bits are planned; None where they never change.
     """
 
     parameters: Mapping[str, ParameterEntry]
     settings: Mapping[str, LayerSettings]
     codebooks: Mapping[str, Codebook]
     version: int = 0
+    planning: BitPlanning | None = None
 
     @classmethod
     def build(
@@ -237,6 +271,8 @@ class CodebookRegistry:
         rules: Sequence[LayerRule] = (),
         min_numel: int = DEFAULT_MIN_NUMEL,
         shapes: Mapping[str, Sequence[int]] | None = None,
+        per_layer: bool = False,
+        planning: BitPlanning | None = None,
     ) -> "CodebookRegistry":
         """Registry of a model.
 
@@ -247,6 +283,8 @@ class CodebookRegistry:
             rules: the user's rules, called `layers[i]` in messages as in the configuration.
             min_numel: parameters with fewer elements travel exact unless a rule says otherwise.
             shapes: parameter name -> its shape, where the host keeps only a part of it in each process.
+            per_layer: whether every compressed parameter has a codebook of its own, with the key "type:name".
+            planning: how bits are planned, where settings have more than one width.
 
         Raises:
             RegistryError: for a rule that matches nothing, settings that no codebook can have, a parameter given twice.
@@ -258,19 +296,23 @@ class CodebookRegistry:
         }
         _check_every_rule_matches(rules, named, types, resolved)
         keys = _codebook_keys(resolved.values())
+        settings = {} if per_layer else {key: settings for (_, settings), key in keys.items()}
         entries: dict[str, ParameterEntry] = {}
         offset = 0
         for name, tensor in named.items():
             found = resolved[name]
             key = keys[found.layer_type, found.settings]
+            if per_layer:
+                key = key if found.settings.is_exact else f"{found.layer_type}:{name}"
+                settings[key] = found.settings
             entries[name] = ParameterEntry(name, found.layer_type, key, tuple(tensor.shape), tensor.dtype, offset)
             offset += tensor.numel()
-        settings = {key: settings for (_, settings), key in keys.items()}
-        return cls(parameters=entries, settings=settings, codebooks=_codebooks(settings, entries.values()))
+        codebooks = _codebooks(settings, entries.values())
+        return cls(parameters=entries, settings=settings, codebooks=codebooks, planning=planning)
 
     @property
     def adaptive_keys(self) -> tuple[str, ...]:
-        """Keys of the codebooks whose levels follow the gradients' statistics."""
+        """Keys of the codebooks whose levels or bits follow the gradients' statistics."""
         return tuple(key for key, settings in self.settings.items() if settings.is_adaptive)
 
     @property
@@ -287,7 +329,8 @@ class CodebookRegistry:
     def updated(self, statistics: Mapping[str, Distribution | MagnitudeStatistics]) -> "CodebookRegistry":
         """Registry with minimum-variance levels (QODA, arXiv 2505.14371, step 1), its version one higher.
 
-        Codebooks that clip get the levels and the clip value of their scheme instead (`tails.py`).
+        Codebooks that clip get the levels and the clip value of their scheme instead (`tails.py`). Where `planning`
+        says so, code widths are planned anew first: plans, and so the sizes of messages, change only here.
 
         Ranks that pass equal statistics get equal registries.
 
@@ -300,14 +343,67 @@ class CodebookRegistry:
                 the kind that its codebook needs.
         """
         version = self.version + 1
-        codebooks = dict(self.codebooks)
-        for key, gathered in statistics.items():
+        for key in statistics:
             if key not in self.adaptive_keys:
                 raise RegistryError(
                     f"codebook {key!r} is not adaptive; the adaptive ones: {_listed(self.adaptive_keys)}"
                 )
-            codebooks[key] = _learnt(key, codebooks[key], self.settings[key], gathered, version)
+        codebooks = {**self.codebooks, **self._planned(statistics, version)}
+        for key, gathered in statistics.items():
+            if self.settings[key].widths is None or self.planning is None:
+                codebooks[key] = self._learnt(key, codebooks[key].bits, gathered, version)
         return dataclasses.replace(self, codebooks=codebooks, version=version)
+
+    @property
+    def first_codebooks(self) -> dict[str, Codebook]:
+        """Codebooks that training starts with, by key."""
+        return {key: settings.codebook() for key, settings in self.settings.items()}
+
+    def _planned(
+        self, statistics: Mapping[str, Distribution | MagnitudeStatistics], version: int
+    ) -> dict[str, Codebook]:
+        """New codebooks of all keys whose width is planned.
+
+        A budget that the widths allowed for single types cannot keep is exceeded as little as possible.
+        """
+        keys = [key for key in self.adaptive_keys if key in statistics and self.settings[key].widths is not None]
+        if self.planning is None or not keys:
+            return {}
+        numel = {key: sum(e.numel for e in self.parameters.values() if e.codebook == key) for key in keys}
+        found: dict[str, dict[int, Codebook]] = {}
+        errors: dict[str, dict[int, float]] = {}
+        for key in keys:
+            widths = {*(self.settings[key].widths or ()), self.planning.reference}
+            found[key] = {bits: self._learnt(key, bits, statistics[key], version) for bits in sorted(widths)}
+            errors[key] = {bits: _squared_error(book, statistics[key]) for bits, book in found[key].items()}
+        layers = [
+            [Candidate(bits, bits * numel[key], errors[key][bits]) for bits in self.settings[key].widths or ()]
+            for key in keys
+        ]
+        if self.planning.budget == "variance":
+            limit = sum(errors[key][self.planning.reference] for key in keys)
+            least = sum(min(candidate.error for candidate in layer) for layer in layers)
+        else:
+            limit = float(sum(self.planning.reference * numel[key] for key in keys))
+            least = float(sum(min(candidate.size for candidate in layer) for layer in layers))
+        plan = allocate(layers, self.planning.budget, max(limit, least))
+        return {key: found[key][layers[i][plan[i]].bits] for i, key in enumerate(keys)}
+
+    def _learnt(self, key: str, bits: int, gathered: Distribution | MagnitudeStatistics, version: int) -> Codebook:
+        """A codebook of some width with the levels that its scheme takes from statistics."""
+        settings, old = self.settings[key], self.codebooks[key]
+        if isinstance(gathered, MagnitudeStatistics) != settings.clips:
+            raise RegistryError(
+                f"codebook {key!r} with levels {settings.levels!r} cannot learn from {type(gathered).__name__}"
+            )
+        base = old if bits == old.bits else dataclasses.replace(settings, bits=bits).codebook()
+        if isinstance(gathered, MagnitudeStatistics):
+            truncation, _ = learnt_truncation(gathered, cast(Scheme, settings.levels), bits, settings.tails)
+            return base.with_levels([float(level) for level in truncation.levels], version, truncation.clip)
+        if settings.levels != "adaptive":
+            return base.with_levels(base.levels, version)
+        levels = minimum_variance_levels(gathered, bits, previous=base.levels)
+        return base.with_levels([float(level) for level in levels], version)
 
     def describe(self) -> dict[str, Any]:
         """Everything that ranks must agree on, as JSON-able values; `differences` compares two descriptions."""
@@ -324,8 +420,7 @@ class CodebookRegistry:
                 for entry in self.parameters.values()
             ],
             "codebooks": {
-                key: {**codebook.to_dict(), "level_scheme": self.settings[key].level_scheme}
-                for key, codebook in self.codebooks.items()
+                key: {**codebook.to_dict(), **_scheme(self.settings[key])} for key, codebook in self.codebooks.items()
             },
             "version": self.version,
         }
@@ -415,41 +510,35 @@ def _difference_of_values(field: str, mine: Any, other: Any, here: str, there: s
 def _without_levels(description: Mapping[str, Any]) -> dict[str, Any]:
     """A description without what updates of levels change."""
     codebooks = {
-        key: {
-            name: value
-            for name, value in fields.items()
-            if not _is_learnt(fields["level_scheme"]) or name not in ("levels", "version", "clip")
-        }
+        key: {name: value for name, value in fields.items() if name not in _learnt_fields(fields)}
         for key, fields in description["codebooks"].items()
     }
     return {**description, "codebooks": codebooks, "version": None}
 
 
-def _is_learnt(level_scheme: str) -> bool:
-    return level_scheme == "adaptive" or level_scheme in TAIL_SCHEMES
+def _scheme(settings: LayerSettings) -> dict[str, Any]:
+    """What a description says of a codebook beyond its own fields."""
+    widths = settings.widths
+    return {"level_scheme": settings.level_scheme, "widths": None if widths is None else [widths[0], widths[-1]]}
 
 
-def _learnt(
-    key: str, old: Codebook, settings: LayerSettings, gathered: Distribution | MagnitudeStatistics, version: int
-) -> Codebook:
-    """A codebook with the levels that its scheme takes from statistics."""
-    if isinstance(gathered, MagnitudeStatistics) != settings.clips:
-        raise RegistryError(
-            f"codebook {key!r} with levels {settings.levels!r} cannot learn from {type(gathered).__name__}"
-        )
+def _learnt_fields(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields of a described codebook that follow statistics."""
+    if fields.get("widths") is not None:
+        return ("levels", "version", "clip", "bits")
+    is_learnt = fields["level_scheme"] == "adaptive" or fields["level_scheme"] in TAIL_SCHEMES
+    return ("levels", "version", "clip") if is_learnt else ()
+
+
+def _squared_error(codebook: Codebook, gathered: Distribution | MagnitudeStatistics) -> float:
+    """Expected squared error of everything that was gathered."""
     if isinstance(gathered, MagnitudeStatistics):
-        found, _ = learnt_truncation(gathered, _scheme_of(settings), old.bits, settings.tails)
-        return old.with_levels([float(level) for level in found.levels], version, found.clip)
-    levels = minimum_variance_levels(gathered, old.bits, previous=old.levels)
-    return old.with_levels([float(level) for level in levels], version)
-
-
-def _scheme_of(settings: LayerSettings) -> Scheme:
-    return cast(Scheme, settings.levels)
+        return gathered.squared_error(codebook.levels, codebook.clip)
+    return quantization_variance(codebook.levels, gathered)
 
 
 def _codebook_of_state(fields: Mapping[str, Any]) -> Codebook:
-    return Codebook.from_dict({name: value for name, value in fields.items() if name != "level_scheme"})
+    return Codebook.from_dict({name: value for name, value in fields.items() if name not in ("level_scheme", "widths")})
 
 
 def _named_parameters_and_types(
@@ -511,11 +600,22 @@ def _resolve(
     for rule in _default_rules(min_numel):
         fields.update(rule.settings if rule.selects(name, layer_type, numel) else {})
     for position in sorted(matched):
-        fields.update(rules[position].settings)
+        given = rules[position].settings
+        if "bits" in given:
+            fields.update(min_bits=None, max_bits=None)  # fixed
+        fields.update(given)
     settings = dataclasses.replace(defaults, **fields)
+    if settings.widths is not None:
+        settings = dataclasses.replace(settings, bits=_nearest_width(settings.bits, settings.widths))
     if settings.is_exact or tensor.dtype not in COMPRESSIBLE_DTYPES:
         settings = LayerSettings(bits=EXACT_BITS)  # one value for all: what is not quantized has no other settings
     return _Resolution(layer_type, settings, numel, frozenset(matched))
+
+
+def _nearest_width(bits: int, widths: range) -> int:
+    if not widths:
+        raise RegistryError(f"min_bits={widths.start} is larger than max_bits={widths.stop - 1}")
+    return min(max(bits, widths[0]), widths[-1])
 
 
 def _codebooks(settings: Mapping[str, LayerSettings], entries: Iterable[ParameterEntry]) -> dict[str, Codebook]:
@@ -551,6 +651,8 @@ def _suffix(settings: LayerSettings, plain: LayerSettings) -> str:
     words = [f"{settings.bits}bit"]
     if settings.is_exact:
         return words[0]
+    if settings.widths != plain.widths:
+        words.append("fixed" if settings.widths is None else f"{settings.min_bits}to{settings.max_bits}")
     if settings.bucket_size != plain.bucket_size:
         words.append(f"bucket{settings.bucket_size}")
     if settings.norm != plain.norm:

@@ -356,7 +356,14 @@ class Truncation:
     is_clamped: bool
 
 
-def truncation(model: TailModel, scheme: Scheme, bits: int, optimum: Optimum = "bound", workers: int = 1) -> Truncation:
+def truncation(
+    model: TailModel,
+    scheme: Scheme,
+    bits: int,
+    optimum: Optimum = "bound",
+    workers: int = 1,
+    clip: float | None = None,
+) -> Truncation:
     """Clip value and levels of one of the four schemes.
 
     Args:
@@ -365,9 +372,12 @@ def truncation(model: TailModel, scheme: Scheme, bits: int, optimum: Optimum = "
         bits: code width, 2 to 8. With 2 bits there is one interval on either side: all schemes equal "tuq".
         optimum: how alpha is chosen; see the file's docstring.
         workers: over how many workers the mean is taken, K.
+        clip: alpha, if it is given and not to be chosen: with the largest magnitude nothing is clipped, and "tuq" is
+            QSGD, "tnq" the papers' NQSGD.
 
     Raises:
-        CodebookError: for impossible bits, an unknown scheme or optimum, or fewer than one worker.
+        CodebookError: for a clip value that is not positive, impossible bits, an unknown scheme or optimum, or fewer
+            than one worker.
     """
     half = level_count(bits) - 1
     if scheme not in TAIL_SCHEMES:
@@ -386,7 +396,11 @@ def truncation(model: TailModel, scheme: Scheme, bits: int, optimum: Optimum = "
     def error(alpha: Float64Array) -> Float64Array:
         return rounding(model, alpha) / squared_intervals + model.clipping_error(alpha)
 
-    if optimum == "fixed_point" and isinstance(model, PowerLaw):
+    if clip is not None:
+        if not clip > 0.0:
+            raise CodebookError(f"the clip value must be positive; got {clip!r}")
+        alpha = clip
+    elif optimum == "fixed_point" and isinstance(model, PowerLaw):
         alpha = _fixed_point(model, lambda a: rounding(model, a) / (a * a), squared_intervals)
     elif scheme == "tuq" and isinstance(model, PowerLaw):
         # dE/dalpha = 0 in closed form.
@@ -395,10 +409,11 @@ def truncation(model: TailModel, scheme: Scheme, bits: int, optimum: Optimum = "
         alpha = model.gmin * float(power(max(inner, 0.0), 1.0 / (gamma - 1.0))) if inner > 0.0 else 0.0
     else:
         alpha = _minimum(error, model.scale, 1e4 * model.scale)
-    is_clamped = alpha < model.scale
-    clip = max(alpha, model.scale)
-    points = _POINTS[scheme](model, clip, half)
-    return Truncation(clip, _as_levels(points / clip), float(error(np.array([clip]))[0]), is_clamped)
+    is_clamped = clip is None and alpha < model.scale
+    if is_clamped:
+        alpha = model.scale
+    points = _POINTS[scheme](model, alpha, half)
+    return Truncation(alpha, _as_levels(points / alpha), float(error(np.array([alpha]))[0]), is_clamped)
 
 
 def _fixed_point(model: PowerLaw, share: Callable[[Float64Array], Float64Array], squared_intervals: float) -> float:
@@ -546,6 +561,4 @@ def learnt_truncation(
     clip = min(max(min(found.clip, statistics.largest), SMALLEST_CLIP), LARGEST_CLIP)
     if clip == found.clip:
         return found, fit
-    half = level_count(bits) - 1
-    levels = _as_levels(_POINTS["tuq" if half == 1 else scheme](model, clip, half) / clip)
-    return Truncation(clip, levels, found.error, found.is_clamped), fit
+    return truncation(model, scheme, bits, chosen.optimum, clip=clip), fit

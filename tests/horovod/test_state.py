@@ -74,6 +74,33 @@ def test_resume_is_exact_with_error_feedback(two_ranks: RankPool, scheme: str, l
     two_ranks.run(resumed, scheme, 5, worker_norms=False, own_state=True, error_feedback=True, levels=levels, bits=3)
 
 
+@pytest.mark.parametrize("scheme", ["allgather", "reduce_scatter"])
+def test_resume_is_exact_across_plans_of_the_bits(two_ranks: RankPool, scheme: str) -> None:
+    """Bits, and so the sizes of messages, change at steps 4 and 9; norms need messages of before a change."""
+    planned = {"bits": "auto", "codebooks": "per_layer", "auto_bits": {"reference": 4}}
+    two_ranks.run(resumed, scheme, 4, worker_norms=True, own_state=True, **planned)
+
+
+def bits_are_planned() -> tuple[list[bytes], set[int], list[int]]:
+    model = make_model()
+    sink = ListSink()
+    keywords = {"bits": "auto", "codebooks": "per_layer", "update_levels": {"at": (3,), "every": None, "samples": 2}}
+    with Telemetry([sink]) as telemetry:
+        compressor = make_qoda(model, exchange="allgather", telemetry=telemetry, **keywords)
+        train(model, make_optimizer(model, compressor), range(4))
+    sent = [sum(entry.sent_bytes for entry in record.layer_types if entry.bits < 32) for record in sink.records]
+    bits = {compressor.registry.codebooks[e.codebook].bits for e in compressor.registry.parameters.values()}
+    return bits_of(model.parameters()), bits, sent
+
+
+def test_planned_bits_change_what_is_sent_at_the_same_step_on_all_ranks(two_ranks: RankPool) -> None:
+    results = two_ranks.run(bits_are_planned)
+    assert results[0] == results[1]
+    _, bits, sent = results[0]
+    assert len(bits) > 1
+    assert sent[0] == sent[1] > sent[3]
+
+
 def state_is_shared_plain_data() -> str:
     model, compressor, optimizer = new_run("auto")
     train(model, optimizer, range(3))

@@ -153,6 +153,17 @@ def test_two_scale_levels_have_two_spacings() -> None:
     assert np.all(np.diff(gaps) > -1e-6)
 
 
+def test_a_given_clip_value_is_taken() -> None:
+    model = PowerLaw(4.0, 1.0, 0.1)
+    chosen = truncation(model, "tnq", 4)
+    assert np.array_equal(truncation(model, "tnq", 4, clip=chosen.clip).levels, chosen.levels)
+    wider = truncation(model, "tnq", 4, clip=3 * chosen.clip)
+    assert wider.clip == 3 * chosen.clip
+    assert wider.error > chosen.error
+    with pytest.raises(CodebookError, match="positive"):
+        truncation(model, "tnq", 4, clip=0.0)
+
+
 def test_more_workers_clip_less_and_small_tails_are_clamped() -> None:
     model = PowerLaw(4.0, 1.0, 0.1)
     assert truncation(model, "tuq", 3, workers=8).clip > truncation(model, "tuq", 3).clip
