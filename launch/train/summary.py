@@ -42,7 +42,7 @@ def _one_layer_type(entries: Sequence[LayerTypeRecord], steps: int) -> dict[str,
     }
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write `content` as indented JSON, null for NaN and infinities, making the folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_strict(content), indent=2, allow_nan=False) + "\n")

@@ -25,6 +25,9 @@ PROGRAMS = (
     "launch/bench/scaling.py",
     "launch/sandbox.py",
     "launch/train/ddp.py",
+    "launch/bench/quantizers.py",
+    "launch/bench/record_gradients.py",
+    "launch/train/heavy_tails.py",
 )
 
 

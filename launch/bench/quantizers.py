@@ -1,0 +1,310 @@
+#!/usr/bin/env python3
+"""Error of quantizers at their bits on the wire, on recorded gradients and on synthetic ones.
+
+Recordings come from `launch/bench/record_gradients.py`. What learns, learns from the step before the one that is
+measured. Parameters that travel exact by default (biases, norms, small ones) are left out for every method. Our
+messages are made and decoded by the real codec, headers and padding counted; the others' bits are those of their codes
+and scales. Errors are |Q(v) - v|^2 / |v|^2 of one worker, and of the mean over all workers.
+
+Methods: ours (names begin with "ours-"): levels of least variance per layer type ("ours-adaptive"), the same with
+Huffman-coded messages ("ours-adaptive-coded") or with planned bits per layer ("ours-auto", budget: the bytes of equal
+bits), and the schemes that clip ("ours-tuq", ...). QSGD (uniform levels, buckets of 512, maximum norm), NUQSGD
+(exponential levels, L2 norm), ALQ's procedure (levels of least variance from truncated normals, one codebook for all
+layers, buckets of 8192, L2 norm). The rest is described in `launch/bench/rival_quantizers.py`.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: make the project's folder importable instead of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from launch.bench.rival_quantizers import RIVALS, eden
+from launch.train.options import HelpFormatter, positive
+from launch.train.summary import write_json
+from qoda_kernels import entropy
+from qoda_kernels.codec import Codec
+from qoda_kernels.coded_message import MessageCoder
+from qoda_kernels.layout import MessagePlan, Slice
+from qoda_kernels.magnitudes import MagnitudeStatistics
+from qoda_kernels.registry import BitPlanning, CodebookRegistry, LayerRule, LayerSettings
+from qoda_kernels.statistics import HistogramStatistics, TruncatedNormalStatistics
+from qoda_kernels.wire import MessageContext
+
+Float32Array = npt.NDArray[np.float32]
+Worker = dict[str, Float32Array]
+BITS = tuple(range(2, 9))
+MOMENTS = ("early", "middle", "late")
+_PLANNED_BITS = (3, 4, 5, 6)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What is quantized.
+
+    Attributes:
+        name: how tables call it.
+        layer_types: parameter -> layer type.
+        before: each worker's gradients of the step before.
+        now: each worker's gradients.
+    """
+
+    name: str
+    layer_types: Mapping[str, str]
+    before: tuple[Worker, ...]
+    now: tuple[Worker, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the result; `mean_error` is that of the mean over the workers."""
+
+    gradients: str
+    bits_on_wire: float
+    method: str
+    normalised_error: float
+    mean_error: float
+    workers: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a summary, write the rows and the picture."""
+    logging.disable(logging.WARNING)
+    options = _parser().parse_args(arguments)
+    rows: list[Measurement] = []
+    for gradients in _all_gradients(options):
+        rows += measure(gradients, options.seed)
+        print(f"measured {gradients.name}", flush=True)
+    if options.add_to is not None and options.add_to.exists():
+        earlier = [Measurement(**row) for row in json.loads(options.add_to.read_text())]
+        names = {row.gradients for row in rows}
+        rows = [row for row in earlier if row.gradients not in names] + rows
+    print(summary(rows))
+    if options.json is not None:
+        write_json(options.json, [asdict(row) for row in rows])
+    if options.plot is not None:
+        from launch.bench.quantizers_plot import draw
+
+        draw(options.plot, rows)
+    return 0
+
+
+def measure(gradients: Gradients, seed: int) -> list[Measurement]:
+    """All methods on one set of gradients."""
+    shapes = [(name, torch.zeros(values.size)) for name, values in gradients.now[0].items()]
+    rules = tuple(LayerRule(name=_literal(name), as_type=kind) for name, kind in gradients.layer_types.items())
+    plain = CodebookRegistry.build(shapes, rules=rules)
+    kept = [name for name, entry in plain.parameters.items() if not plain.codebooks[entry.codebook].is_exact]
+    rows = []
+    for method, (quantizer, widths) in {**RIVALS, "EDEN, common rotation": (eden, BITS)}.items():
+        for bits in widths:
+            decoded, sent = [], 0.0
+            for rank, worker in enumerate(gradients.now):
+                rng = np.random.default_rng([seed, bits, 0 if "common" in method else rank])
+                parts = [quantizer(worker[name], bits, rng) for name in kept]
+                decoded.append({name: part[0] for name, part in zip(kept, parts, strict=True)})
+                sent += sum(part[1] for part in parts)
+            rows.append(_row(gradients, method, kept, decoded, sent))
+    types = tuple(LayerRule(name=_literal(name), as_type=gradients.layer_types[name]) for name in kept)
+    one = tuple(LayerRule(name=_literal(name), as_type="everything") for name in kept)
+    narrowed = [(name, torch.zeros(gradients.now[0][name].size)) for name in kept]
+    for bits in BITS:
+        for method, (settings, planning) in _codecs_methods(bits).items():
+            rules = one if method == "ALQ" else types
+            registry = CodebookRegistry.build(
+                narrowed, settings, rules, per_layer=planning is not None, planning=planning
+            )
+            registry, statistics = _learnt(registry, gradients.before, method == "ALQ")
+            decoded, sent = _through_the_codec(registry, None, gradients.now, kept, seed)
+            rows.append(_row(gradients, method, kept, decoded, sent))
+            if method in ("ours-adaptive", "ours-auto"):
+                decoded, sent = _through_the_codec(registry, statistics, gradients.now, kept, seed)
+                rows.append(_row(gradients, f"{method}-coded", kept, decoded, sent))
+        bound = 2.0 ** (-2 * bits)
+        rows.append(Measurement(gradients.name, bits, "Gaussian bound", bound, bound, 1))
+    return rows
+
+
+def _codecs_methods(bits: int) -> dict[str, tuple[LayerSettings, BitPlanning | None]]:
+    """What the codec measures: name -> settings, and how bits are planned."""
+    methods: dict[str, tuple[LayerSettings, BitPlanning | None]] = {
+        "QSGD": (LayerSettings(bits, levels="uniform"), None),
+        "NUQSGD": (LayerSettings(bits, norm="l2", levels="exponential"), None),
+        "ALQ": (LayerSettings(bits, bucket_size=8192, norm="l2"), None),
+        "ours-adaptive": (LayerSettings(bits), None),
+        "ours-adaptive-small-buckets": (LayerSettings(bits, bucket_size=128, norm_format="bf16"), None),
+    }
+    for scheme in ("tuq", "tnq", "tbq", "laplace"):
+        methods[f"ours-{scheme}"] = (LayerSettings(bits, levels=scheme), None)
+    if bits in _PLANNED_BITS:
+        methods["ours-auto"] = (LayerSettings(bits, min_bits=2, max_bits=8), BitPlanning("bytes", bits))
+    return methods
+
+
+def _learnt(
+    registry: CodebookRegistry, before: Sequence[Worker], from_normals: bool
+) -> tuple[CodebookRegistry, dict[str, Any]]:
+    """The registry after an update from the workers' gradients of the step before, and the statistics."""
+    statistics: dict[str, Any] = {}
+    for key in registry.adaptive_keys:
+        book = registry.codebooks[key]
+        kind: Any = TruncatedNormalStatistics if from_normals else HistogramStatistics
+        kind = MagnitudeStatistics if registry.settings[key].clips else kind
+        names = [name for name, entry in registry.parameters.items() if entry.codebook == key]
+        parts = [kind.gather(worker[name], book.bucket_size, book.norm) for worker in before for name in names]
+        merged = kind.merge_in_order(parts)
+        if merged.squared_norm > 0.0:
+            statistics[key] = merged
+    return (registry.updated(statistics) if statistics else registry), statistics
+
+
+def _through_the_codec(
+    registry: CodebookRegistry,
+    statistics: Mapping[str, Any] | None,
+    now: Sequence[Worker],
+    kept: Sequence[str],
+    seed: int,
+) -> tuple[list[Worker], float]:
+    """What each worker's message decodes to, and the bits of all messages."""
+    slices = [
+        Slice(name, 0, entry.numel, torch.float32, entry.codebook, entry.offset)
+        for name, entry in registry.parameters.items()
+    ]
+    plan = MessagePlan.build(slices, registry.codebooks)
+    codec = Codec(plan, registry.codebooks)
+    coder = None
+    if statistics is not None:
+        weights = {
+            key: (registry.codebooks[key].bits, entropy.level_weights(registry.codebooks[key].levels, gathered))
+            for key, gathered in statistics.items()
+        }
+        coder = MessageCoder(plan, entropy.main_protocol(weights))
+    decoded, sent = [], 0.0
+    for rank, worker in enumerate(now):
+        context = MessageContext(seed, 1, rank, 0, registry.version, rank, 0)
+        message = codec.encode([torch.from_numpy(worker[name]) for name in kept], context)
+        values = codec.decode_mean([message], [context])
+        decoded.append({name: value.numpy() for name, value in zip(kept, values, strict=True)})
+        size = message.numel()
+        if coder is not None:
+            size = coder.encode(message.numpy(), np.zeros(coder.maximum_bytes, dtype=np.uint8))
+        sent += 8.0 * size
+    return decoded, sent
+
+
+def _row(gradients: Gradients, method: str, kept: Sequence[str], decoded: Sequence[Worker], sent: float) -> Measurement:
+    size = len(gradients.now)
+    error = power = mean_error = mean_power = 0.0
+    numel = 0
+    for name in kept:
+        exact = np.stack([worker[name] for worker in gradients.now]).astype(np.float64)
+        found = np.stack([worker[name] for worker in decoded]).astype(np.float64)
+        error += float(((found - exact) ** 2).sum())
+        power += float((exact**2).sum())
+        mean_error += float(((found.mean(axis=0) - exact.mean(axis=0)) ** 2).sum())
+        mean_power += float((exact.mean(axis=0) ** 2).sum())
+        numel += exact.size
+    return Measurement(gradients.name, sent / numel, method, error / power, mean_error / mean_power, size)
+
+
+def summary(rows: Sequence[Measurement]) -> str:
+    """At each width, our best method against the best other one, by log-linear interpolation over bits on the wire."""
+    lines = []
+    for name in dict.fromkeys(row.gradients for row in rows):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row.gradients == name and row.method != "Gaussian bound":
+                curves.setdefault(row.method, []).append((row.bits_on_wire, row.normalised_error))
+        for bits in BITS:
+            at = {method: error_at(points, bits + 0.1) for method, points in curves.items()}
+            known = {method: error for method, error in at.items() if error is not None}
+            ours = min((pair for pair in known.items() if pair[0].startswith("ours-")), key=lambda p: p[1])
+            other = min((pair for pair in known.items() if not pair[0].startswith("ours-")), key=lambda p: p[1])
+            lines.append(
+                f"{name:32s} {bits}.1 bits: {ours[0]} {ours[1]:.3g}, {other[0]} {other[1]:.3g}, "
+                f"ratio {ours[1] / other[1]:.2f}"
+            )
+    return "\n".join(lines)
+
+
+def error_at(points: Sequence[tuple[float, float]], bits: float) -> float | None:
+    """Error at so many bits: interpolated; that of the last point below for a method of one width; None if unknown."""
+    known = sorted(points)
+    if len(known) == 1:
+        return known[0][1] if bits - 1.0 < known[0][0] <= bits + 0.5 else None
+    if not known[0][0] <= bits <= known[-1][0]:
+        return None
+    return float(np.exp(np.interp(bits, [p[0] for p in known], np.log([p[1] for p in known]))))
+
+
+def _all_gradients(options: argparse.Namespace) -> Iterator[Gradients]:
+    for path in sorted(options.recordings.glob("*.npz")) if options.recordings else ():
+        with np.load(path) as file:
+            arrays = {key: file[key] for key in file.files if key != "layer_types"}
+            types = json.loads(str(file["layer_types"]))
+        for moment in MOMENTS:
+            name = f"{path.stem}, {moment}"
+            if options.only in (None, name, path.stem):
+                steps = [_workers(arrays, f"{moment}/{shift}") for shift in (-1, 0)]
+                yield Gradients(name, types, steps[0], steps[1])
+    if options.only in (None, "synthetic"):
+        for kind in ("Gaussian", "Laplace", "Student t3"):
+            yield synthetic(kind, options.workers, options.size, options.seed)
+
+
+def _workers(arrays: Mapping[str, Float32Array], prefix: str) -> tuple[Worker, ...]:
+    workers: dict[int, Worker] = {}
+    for key, values in arrays.items():
+        if key.startswith(prefix + "/"):
+            rank, name = key[len(prefix) + 1 :].split("/", 1)
+            workers.setdefault(int(rank), {})[name] = values
+    return tuple(workers[rank] for rank in sorted(workers))
+
+
+def synthetic(kind: str, workers: int, size: int, seed: int) -> Gradients:
+    """Workers that share half of their variance; the step before is another draw."""
+    rng = np.random.default_rng(seed)
+    draw = {
+        "Gaussian": lambda: rng.standard_normal(size),
+        "Laplace": lambda: rng.laplace(size=size),
+        "Student t3": lambda: rng.standard_t(3, size),
+    }[kind]
+    steps = []
+    for _ in range(2):
+        common = draw()
+        # Each worker has half of the common coordinates and draws the others anew: every one keeps the distribution.
+        own = [np.where(rng.random(size) < 0.5, common, draw()).astype(np.float32) for _ in range(workers)]
+        steps.append(tuple({"weight": values} for values in own))
+    return Gradients(kind, {"weight": "other"}, steps[0], steps[1])
+
+
+def _literal(name: str) -> str:
+    """Shell pattern for this name alone."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--recordings", type=Path, help="directory with recorded gradients")
+    parser.add_argument("--only", help="measure this recording alone, or 'synthetic'")
+    parser.add_argument("--workers", type=positive, default=4, help="of synthetic gradients")
+    parser.add_argument("--size", type=positive, default=200_000, help="of synthetic gradients")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows to this file")
+    parser.add_argument("--add-to", type=Path, help="take over the other rows of this file, written by an earlier run")
+    parser.add_argument("--plot", type=Path, help="write a picture (PNG) to this file")
+    parser.add_argument("--seed", type=int, default=0, help="of random numbers")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
