@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clients", type=positive, default=8, help="number of clients")
     parser.add_argument("--bits", type=int, default=3, help="code width")
     parser.add_argument("--iterations", type=positive, default=300, help="steps of SGD")
-    parser.add_argument("--batch-size", type=positive, default=16, help="examples of a client in an iteration")
+    parser.add_argument("--batch-size", type=positive, default=8, help="examples of a client in an iteration")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate; momentum is 0.9, weight decay 5e-4")
     parser.add_argument("--refit-every", type=positive, default=20, help="iterations between fits of alpha and levels")
     parser.add_argument("--skew", type=float, default=0.0, help="share of the examples dealt to clients by label")
