@@ -116,3 +116,28 @@ def test_a_refusal_reaches_every_rank() -> None:
 def test_every_slice_needs_an_owner(owners: tuple[int, ...]) -> None:
     with pytest.raises(PlanError, match="owners"):
         ReduceToOwnerExchange(plan_of(), owners, CODEBOOKS, InMemoryGroup(3).transports[0], "x")
+
+
+def test_other_bits_are_used_after_use_codebooks() -> None:
+    """A new plan of the bits gives the messages of a new exchange, and kept messages can still be read."""
+    plan, group = plan_of(), InMemoryGroup(3)
+    exchanges = exchanges_of(plan, group)
+    values = [values_of(plan, rank) for rank in range(3)]
+    for exchange, own in zip(exchanges, values, strict=True):
+        exchange.start(own, STAMP)
+    for exchange in exchanges:
+        exchange.drop()
+    kept = exchanges[0].own_message()
+    codebooks = {**CODEBOOKS, "body": Codebook.uniform(8, bucket_size=128)}
+    wider = MessagePlan.build([segment.slice for segment in plan.segments], codebooks)
+    others = [ReduceToOwnerExchange(wider, OWNERS, codebooks, transport, "y") for transport in group.transports]
+    for exchange, other, own in zip(exchanges, others, values, strict=True):
+        exchange.use_codebooks(codebooks)
+        assert exchange.sent_bytes == other.sent_bytes
+        exchange.start(own, STAMP)
+        other.start(own, STAMP)
+        for one, two in zip(exchange.own_message().decode(), other.own_message().decode(), strict=True):
+            assert torch.equal(one, two)
+    again = exchanges[0].restore_own_message(kept.message, kept.stamp, kept.codebooks)
+    for one, two in zip(kept.decode(), again.decode(), strict=True):
+        assert torch.equal(one, two)
