@@ -39,7 +39,11 @@ class Candidate:
 
 
 def allocate(
-    layers: Sequence[Sequence[Candidate]], budget: Budget, limit: float, units: int = UNITS
+    layers: Sequence[Sequence[Candidate]],
+    budget: Budget,
+    limit: float,
+    known: Sequence[int] | None = None,
+    units: int = UNITS,
 ) -> tuple[int, ...]:
     """Index of the chosen candidate of each layer.
 
@@ -48,8 +52,10 @@ def allocate(
         budget: "variance": the least total size with a total error of at most `limit`; "bytes": the least total error
             with a total size of at most `limit`.
         limit: of the budgeted quantity.
-        units: into how many parts the limit is cut. The plan is the best one for a limit smaller by at most a
-            share of layers / units.
+        known: a plan, such as equal widths, than which the result is not worse if it keeps within the limit: rounding
+            shares up may make it look too expensive.
+        units: into how many parts the limit is cut. The plan is at least as good as the best one for a limit smaller
+            by a share of layers / units.
 
     Returns:
         One index per layer. Of equally good plans the one with smaller candidates' indices in the last layers.
@@ -66,13 +72,26 @@ def allocate(
     gains = [[float(c.size) if budget == "variance" else c.error for c in layer] for layer in layers]
     if not (np.isfinite(limit) and limit >= 0.0 and all(np.isfinite(w) for row in weights + gains for w in row)):
         raise CodebookError(f"sizes, errors and the limit must be finite; the limit is {limit!r}")
-    cheapest = tuple(min(range(len(row)), key=lambda c, row=row: (row[c], c)) for row in weights)  # type: ignore[misc]
-    least = sum(row[c] for row, c in zip(weights, cheapest, strict=True))
-    if least > limit:
+    cheapest = tuple(row.index(min(row)) for row in weights)
+    if _total(weights, cheapest) > limit:
+        least = _total(weights, cheapest)
         raise CodebookError(f"the {budget} budget of {limit:g} cannot be kept: the least possible is {least:g}")
+    plans = [_planned([[_units(weight, limit, units) for weight in row] for row in weights], gains, units), cheapest]
+    if known is not None:
+        plans.append(tuple(known))
+    # Of equally good plans the first is taken; a sum that is the limit up to rounding errors keeps within it.
+    kept = [plan for plan in plans if plan is not None and _total(weights, plan) <= limit * (1.0 + 1e-12)]
+    return min(kept, key=lambda plan: _total(gains, plan))
+
+
+def _total(values: Sequence[Sequence[float]], plan: Sequence[int]) -> float:
+    return sum(row[index] for row, index in zip(values, plan, strict=True))
+
+
+def _planned(costs: Sequence[Sequence[int]], gains: Sequence[Sequence[float]], units: int) -> tuple[int, ...] | None:
+    """The plan of least gains that costs at most so many units; None if all cost more."""
     best = np.zeros(units + 1)
     choices: list[npt.NDArray[np.int8]] = []
-    costs = [[_units(weight, limit, units) for weight in row] for row in weights]
     for cost_row, gain_row in zip(costs, gains, strict=True):
         reached = np.full(units + 1, np.inf)
         choice: npt.NDArray[np.int8] = np.full(units + 1, -1, dtype=np.int8)
@@ -86,10 +105,8 @@ def allocate(
         best = reached
         choices.append(choice)
     if not np.isfinite(best[units]):
-        # Only the rounding up of shares is in the way: the cheapest candidates do keep within the limit.
-        return cheapest
-    left = units
-    plan = []
+        return None
+    left, plan = units, []
     for cost_row, choice in zip(reversed(costs), reversed(choices), strict=True):
         index = int(choice[left])
         plan.append(index)

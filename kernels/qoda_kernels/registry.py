@@ -386,7 +386,13 @@ class CodebookRegistry:
         else:
             limit = float(sum(self.planning.reference * numel[key] for key in keys))
             least = float(sum(min(candidate.size for candidate in layer) for layer in layers))
-        plan = allocate(layers, self.planning.budget, max(limit, least))
+        reference = self.planning.reference
+        equal = (
+            [(self.settings[key].widths or range(0)).index(reference) for key in keys]
+            if all(reference in (self.settings[key].widths or ()) for key in keys)
+            else None
+        )
+        plan = allocate(layers, self.planning.budget, max(limit, least), known=equal)
         return {key: found[key][layers[i][plan[i]].bits] for i, key in enumerate(keys)}
 
     def _learnt(self, key: str, bits: int, gathered: Distribution | MagnitudeStatistics, version: int) -> Codebook:

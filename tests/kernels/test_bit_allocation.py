@@ -77,6 +77,18 @@ def test_the_variance_budget_of_equal_widths_never_costs_more_bytes() -> None:
     assert len(set(plan)) > 1
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(1, 30), st.sampled_from(["variance", "bytes"]))
+def test_a_known_plan_is_never_beaten_by_rounding(seed: int, count: int, budget: str) -> None:
+    layers = random_layers(seed, count)
+    kept, wanted = ("error", "size") if budget == "variance" else ("size", "error")
+    known = [2] * count
+    limit = total(layers, known, kept)
+    plan = allocate(layers, budget, limit, known=known)
+    assert total(layers, plan, kept) <= limit * (1 + 1e-9)
+    assert total(layers, plan, wanted) <= total(layers, known, wanted) * (1 + 1e-12)
+
+
 def test_impossible_budgets_and_layers_are_refused() -> None:
     layers = random_layers(1, 3)
     with pytest.raises(CodebookError, match="cannot be kept"):
