@@ -195,7 +195,7 @@ class Codec:
         table = cpu.kernel_table(rounding_table(codebook))
         clip = int(np.float32(codebook.clip).view(np.uint32))
         scalars = codebook.bucket_size, codebook.format.norm_bytes, codebook.norm == "l2", clip
-        return table.method, (*scalars, table.slopes, table.intercepts, table.levels, table.cells)
+        return table.method, (*scalars, table.lines, table.levels, table.cells)
 
     @cached_property
     def _decoders(self) -> list[list[_Call]]:

@@ -237,15 +237,14 @@ class KernelTable:
 
     Attributes:
         method: "uniform", "minimum", "search" as in the rounding table, or "cells" in place of "search".
-        slopes: float32, of each line; with cells 2 per cell, for coordinates below and above its level.
-        intercepts: float32, likewise.
+        lines: float32, slope and intercept of each line; with cells 2 lines per cell, for coordinates below and above
+            its level.
         levels: float32: the levels; with cells the level in each cell, or 2 where there is none.
         cells: uint32 [2]: with cells the lower end of the first one, as float32 bits, and 23 - m.
     """
 
     method: str
-    slopes: npt.NDArray[np.float32]
-    intercepts: npt.NDArray[np.float32]
+    lines: npt.NDArray[np.float32]
     levels: npt.NDArray[np.float32]
     cells: npt.NDArray[np.uint32]
 
@@ -257,7 +256,12 @@ def kernel_table(table: RoundingTable) -> KernelTable:
             found = _table_with_cells(table, 23 - mantissa_bits)
             if found is not None:
                 return found
-    return KernelTable(table.method, table.slopes, table.intercepts, table.levels, np.zeros(2, dtype=np.uint32))
+    return KernelTable(table.method, _lines(table), table.levels, np.zeros(2, dtype=np.uint32))
+
+
+def _lines(table: RoundingTable) -> npt.NDArray[np.float32]:
+    """Slope and intercept of each line."""
+    return np.stack([table.slopes, table.intercepts], axis=1).ravel()
 
 
 def _table_with_cells(table: RoundingTable, shift: int) -> KernelTable | None:
@@ -273,12 +277,12 @@ def _table_with_cells(table: RoundingTable, shift: int) -> KernelTable | None:
     levels = np.full(one + 1, 2.0, dtype=np.float32)
     levels[place] = table.levels[1:-1]
     cells = np.array([lowest, shift], dtype=np.uint32)
-    return KernelTable("cells", table.slopes[line], table.intercepts[line], levels, cells)
+    return KernelTable("cells", _lines(table).reshape(-1, 2)[line].ravel(), levels, cells)
 
 
 _FLOATS, _WORDS, _PARTS = types.float32[::1], types.uint32[::1], types.int64[:, ::1]
 _ADDRESSES = types.uint64[::1]
-_CODEBOOK = (types.int64, types.int64, types.boolean, types.uint32, _FLOATS, _FLOATS, _FLOATS, _WORDS)
+_CODEBOOK = (types.int64, types.int64, types.boolean, types.uint32, _FLOATS, _FLOATS, _WORDS)
 _ENCODE = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, *_CODEBOOK)
 _DECODE = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64, types.int64, _FLOATS)
 _COPY = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, types.int64)
@@ -321,7 +325,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
         message: address of the message, written where the parts lie.
         key: uint32 [6], `DitherKey.words`.
         bucket_size, norm_bytes, is_l2, clip (float32 bits): of the codebook.
-        slopes, intercepts, levels, cells: of its `KernelTable`.
+        lines, levels, cells: of its `KernelTable`.
 
     It returns what the written bytes add to the checksum's total (`sum_bytes`).
 
@@ -343,7 +347,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
 
     @_kernel
     def encode(  # type: ignore[no-untyped-def]  # Numba infers
-        values, parts, message, key, bucket_size, norm_bytes, is_l2, clip, slopes, intercepts, levels, cells
+        values, parts, message, key, bucket_size, norm_bytes, is_l2, clip, lines, levels, cells
     ):
         scratch = np.empty(bucket_size, dtype=np.float32)
         tail_values = np.empty(tile, dtype=np.float32)
@@ -436,8 +440,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                             word32.add(key[0], high_share),
                             word32.add(key[2], high_share),
                             scale,
-                            slopes,
-                            intercepts,
+                            lines,
                             levels,
                             cells,
                             bits,

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from qoda_kernels.codebook import ROWS
 from qoda_kernels.dither import FIRST_MULTIPLIER, SECOND_MULTIPLIER, WEYL_MULTIPLIER
-from qoda_kernels.vectors import Floats, Words, look_up
+from qoda_kernels.vectors import Floats, Words, look_up, look_up_pairs
 
 UNIFORM, MINIMUM, CELLS, SEARCH = range(4)  # how a position is found; see `cpu.KernelTable`
 GROUP = 32  # floats that `largest_magnitude` and `add_squares` take at a time
@@ -169,10 +169,9 @@ class _Strata:
 class _Rounding:
     """The positions of magnitudes on the scale of level indices, times 2^F (`reference.fixed_point`)."""
 
-    def __init__(self, builder: Any, method: int, bits: int, tables: Any, cells: Any) -> None:
+    def __init__(self, builder: Any, method: int, bits: int, tables: Any) -> None:
         self._builder, self._method, self._bits = builder, method, bits
-        self._slopes, self._intercepts, self._levels = tables
-        self._cells = cells
+        self._lines, self._levels, self._cells = tables
 
     def positions(self, scaled: list[Floats]) -> list[Floats]:
         if self._method == UNIFORM:
@@ -184,8 +183,8 @@ class _Rounding:
         least: list[Floats] = []
         for line in range(2 ** (self._bits - 1) - 1):
             slope, intercept = (
-                Floats.filled(self._builder, _scalar(self._builder, table, line), scaled[0].count)
-                for table in (self._slopes, self._intercepts)
+                Floats.filled(self._builder, _scalar(self._builder, self._lines, 2 * line + part), scaled[0].count)
+                for part in (0, 1)
             )
             values = [slope.fused(x, intercept) for x in scaled]
             least = [value.minimum(best) for value, best in zip(values, least, strict=True)] if least else values
@@ -193,7 +192,8 @@ class _Rounding:
 
     def _on_own_line(self, x: Floats) -> Floats:
         line = self._line_of_cell(x) if self._method == CELLS else self._line_by_bisection(x)
-        return look_up(self._slopes, line).fused(x, look_up(self._intercepts, line))
+        slope, intercept = look_up_pairs(self._lines, line)
+        return slope.fused(x, intercept)
 
     def _line_of_cell(self, x: Floats) -> Words:
         lowest, shift = (Words.filled(self._builder, _scalar(self._builder, self._cells, n), x.count) for n in (0, 1))
@@ -237,8 +237,7 @@ def encode_tile(
     first: Any,
     common_first: Any,
     scale: Any,
-    slopes: Any,
-    intercepts: Any,
+    lines: Any,
     levels: Any,
     cells: Any,
     bits: Any,
@@ -258,7 +257,7 @@ def encode_tile(
         first: uint32, the first of them plus the share of the number's high word.
         common_first: uint32, likewise the third of them.
         scale: float32, what makes magnitudes positions ("uniform") or normalised.
-        slopes: float32, of the `KernelTable`; so are intercepts, levels and cells.
+        lines: float32, of the `KernelTable`; so are levels and cells.
         bits: literal; so are lanes, shift (the fraction bits), method and is_stratified (0 or 1).
     """
     words = types.uint32
@@ -267,10 +266,10 @@ def encode_tile(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits, lanes, shift, method, is_stratified = literals
         source, target, weyl, row_weyl, _, first, common_first, scale = arguments[:8]
-        arrays = [_data(context, builder, signature.args[n], arguments[n]) for n in (4, 8, 9, 10, 11)]
-        key, tables, cells = arrays[0], arrays[1:4], arrays[4]
+        arrays = [_data(context, builder, signature.args[n], arguments[n]) for n in (4, 8, 9, 10)]
+        key, tables = arrays[0], arrays[1:]
         width = _WIDTH
-        rounding = _Rounding(builder, method, bits, tables, cells)
+        rounding = _Rounding(builder, method, bits, tables)
         row_step = Words.filled(builder, row_weyl, width)
         key_words = Words.filled(builder, first, width), Words.filled(builder, _scalar(builder, key, 1), width)
         scales = Floats.filled(builder, scale, width)
@@ -295,8 +294,7 @@ def encode_tile(
         return context.get_dummy_value()
 
     numbers = types.uint64, types.uint64, words, words, key, words, words, types.float32
-    tables = slopes, intercepts, levels, cells
-    return types.void(*numbers, *tables, bits, lanes, shift, method, is_stratified), generate
+    return types.void(*numbers, lines, levels, cells, bits, lanes, shift, method, is_stratified), generate
 
 
 @intrinsic(prefer_literal=True)

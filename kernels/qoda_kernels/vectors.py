@@ -209,15 +209,35 @@ def look_up(table: Any, places: Words) -> Floats:
         table: pointer to float32.
         places: indices below 2^31.
     """
+    return Floats(places.builder, _gathered(table, places, _FLOAT, "f32"))
+
+
+def look_up_pairs(table: Any, places: Words) -> tuple[Floats, Floats]:
+    """table[2 place] and table[2 place + 1] for every place, in one access each.
+
+    Args:
+        table: pointer to float32.
+        places: indices of pairs, below 2^30, known to lie inside.
+    """
     builder, count = places.builder, places.count
-    pointers = builder.gep(table, [places.value], source_etype=_FLOAT)
-    pointers.type = ir.VectorType(ir.PointerType(_FLOAT), count)  # llvmlite does not know of vectors of pointers
-    kind = ir.VectorType(_FLOAT, count)
+    pairs = builder.bitcast(_gathered(table, places, _LONG, "i64"), ir.VectorType(_FLOAT, 2 * count))
+    nothing = ir.Constant(pairs.type, ir.Undefined)
+    first, second = (
+        builder.shuffle_vector(pairs, nothing, _constant(_WORD, range(begin, 2 * count, 2))) for begin in (0, 1)
+    )
+    return Floats(builder, first), Floats(builder, second)
+
+
+def _gathered(table: Any, places: Words, element: Any, suffix: str) -> Any:
+    """Elements of any type from a table that is aligned to 4 bytes."""
+    builder, count = places.builder, places.count
+    pointers = builder.gep(table, [places.value], source_etype=element)
+    pointers.type = ir.VectorType(ir.PointerType(element), count)  # llvmlite does not know of vectors of pointers
+    kind, flags = ir.VectorType(element, count), ir.VectorType(ir.IntType(1), count)
     gather = cgutils.get_or_insert_function(
         builder.module,
-        ir.FunctionType(kind, [pointers.type, _WORD, ir.VectorType(ir.IntType(1), count), kind]),
-        f"llvm.masked.gather.v{count}f32.v{count}p0",
+        ir.FunctionType(kind, [pointers.type, _WORD, flags, kind]),
+        f"llvm.masked.gather.v{count}{suffix}.v{count}p0",
     )
-    everywhere = ir.Constant(ir.VectorType(ir.IntType(1), count), [1] * count)
-    arguments = [pointers, ir.Constant(_WORD, 4), everywhere, ir.Constant(kind, ir.Undefined)]
-    return Floats(builder, builder.call(gather, arguments))
+    everywhere = ir.Constant(flags, [1] * count)
+    return builder.call(gather, [pointers, ir.Constant(_WORD, 4), everywhere, ir.Constant(kind, ir.Undefined)])

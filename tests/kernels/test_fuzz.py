@@ -29,9 +29,9 @@ def test_a_wrong_kernel_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(table: RoundingTable) -> cpu.KernelTable:
         found = right(table)
-        intercepts = found.intercepts.copy()
-        intercepts[-1] += 2.0**12
-        return dataclasses.replace(found, intercepts=intercepts)
+        lines = found.lines.copy()
+        lines[-1] += 2.0**12
+        return dataclasses.replace(found, lines=lines)
 
     monkeypatch.setattr(cpu, "kernel_table", wrong)
     with pytest.raises(AssertionError, match="messages differ"):
