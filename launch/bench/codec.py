@@ -2,15 +2,19 @@
 """How long does encoding and decoding take, against copying the gradient and against other quantizers?
 
 Times the CPU kernels in one thread (and in two) on Gaussian gradients of several sizes, bucket size 512, maximum norm.
-Every round times everything once, one after the other; medians over the rounds are compared, so that a machine whose
-speed drifts treats all alike. An encode or decode is a whole message: quantizing, packing, header and checksum.
+Every round times everything, one after the other; medians over the rounds are compared, so that a machine whose speed
+drifts treats all alike. Small gradients are timed several times in a row, copies and rivals too, so that code and data
+are where they are in a training step. An encode or decode is a whole message: quantizing, packing, header and checksum.
+The last measurement is of a message of 150 tensors, against the same coordinates in one tensor.
 """
 
 import argparse
+import dataclasses
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +23,7 @@ if __package__ in (None, ""):  # run as a file: make the project's folder import
 
 import numpy as np
 import torch
+from llvmlite import binding as llvm
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +37,8 @@ from qoda_kernels.wire import MessageContext
 from qoda_kernels.worker_threads import WorkerThreads
 
 SIZES = {"25M": 25_000_000, "1M": 1_000_000, "64K": 65_536}
+ROUNDS = {"25M": 1, "1M": 2, "64K": 3}  # times the option
+IN_A_ROW = {"25M": 1, "1M": 3, "64K": 10}
 COPY = "copy of the gradient"
 
 
@@ -70,7 +77,11 @@ CODEBOOKS = {
     "codebook, 5 bits": convex_codebook(5),
     "codebook, 5 bits, general path": concave_codebook(5),
     "codebook, 8 bits": convex_codebook(8),
+    "exponential, 6 bits": Codebook.exponential(6),
+    "exponential, 8 bits": Codebook.exponential(8),
 }
+WITH_TWO_THREADS = ("uniform, 4 bits", "codebook, 5 bits")
+STRATIFIED = ("uniform, 4 bits", "codebook, 5 bits")
 
 
 def our_operations(gradient: torch.Tensor, threads: int) -> dict[str, tuple[Callable[[], object], float]]:
@@ -78,7 +89,7 @@ def our_operations(gradient: torch.Tensor, threads: int) -> dict[str, tuple[Call
     operations: dict[str, tuple[Callable[[], object], float]] = {}
     suffix = "" if threads == 1 else f", {threads} threads"
     for name, codebook in CODEBOOKS.items():
-        if threads > 1 and name not in ("uniform, 4 bits", "codebook, 5 bits"):
+        if threads > 1 and name not in WITH_TWO_THREADS:
             continue
         books = {"gradient": codebook}
         plan = MessagePlan.build([Slice("g", 0, gradient.numel(), gradient.dtype, "gradient", 0)], books)
@@ -91,6 +102,13 @@ def our_operations(gradient: torch.Tensor, threads: int) -> dict[str, tuple[Call
             lambda c=codec, m=messages[0], w=contexts[0]: c.encode([gradient], w, m),
             bits,
         )
+        if threads == 1 and name in STRATIFIED:
+            stratified = dataclasses.replace(contexts[0], strata=4)
+            buffer = codec.encode([gradient], stratified)
+            operations[f"{name}, stratified among 4 ranks: encode"] = (
+                lambda c=codec, m=buffer, w=stratified: c.encode([gradient], w, m),
+                bits,
+            )
         operations[f"{name}: decode{suffix}"] = (
             lambda c=codec, m=messages[:1], w=contexts[:1], o=out: c.decode_mean(m, w, o),
             bits,
@@ -102,7 +120,7 @@ def our_operations(gradient: torch.Tensor, threads: int) -> dict[str, tuple[Call
     return operations
 
 
-def measure(gradient: torch.Tensor, rounds: int) -> dict[str, Timing]:
+def measure(gradient: torch.Tensor, rounds: int, in_a_row: int) -> dict[str, Timing]:
     """Median time of every operation on one gradient."""
     source, target = gradient.numpy(), np.empty_like(gradient.numpy())
     operations: dict[str, tuple[Callable[[], object], float | None]] = {
@@ -120,9 +138,10 @@ def measure(gradient: torch.Tensor, rounds: int) -> dict[str, Timing]:
     seconds: dict[str, list[float]] = {name: [] for name in operations}
     for _ in range(rounds):
         for name, (run, _) in operations.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
+            for _ in range(in_a_row):
+                begin = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - begin)
     return {name: Timing(1e3 * statistics.median(seconds[name]), bits) for name, (_, bits) in operations.items()}
 
 
@@ -145,8 +164,45 @@ def ratios(timings: dict[str, Timing]) -> dict[str, float | None]:
         "codebook5_over_bucketize": over("16 levels, torch.bucketize: encode", "codebook, 5 bits: encode"),
         "codebook5_over_bitsandbytes": over("bitsandbytes, 8 bits: encode", "codebook, 5 bits: encode"),
         "threads2_over_threads1": over("codebook, 5 bits: encode", "codebook, 5 bits: encode, 2 threads"),
+        "uniform4_threads2_over_threads1": over("uniform, 4 bits: encode", "uniform, 4 bits: encode, 2 threads"),
         "general_over_fast": over("codebook, 5 bits, general path: encode", "codebook, 5 bits: encode"),
+        "exponential6_over_fast": over("exponential, 6 bits: encode", "codebook, 5 bits: encode"),
+        "exponential8_over_fast": over("exponential, 8 bits: encode", "codebook, 5 bits: encode"),
+        "exponential8_over_uniform4": over("exponential, 8 bits: encode", "uniform, 4 bits: encode"),
+        "stratified_over_independent": over(
+            "codebook, 5 bits, stratified among 4 ranks: encode", "codebook, 5 bits: encode"
+        ),
     }
+
+
+def measure_many_tensors(rounds: int, seed: int) -> dict[str, float]:
+    """Median milliseconds of messages of 150 tensors, and of one tensor with as many coordinates.
+
+    100 weights of 4,096 and 50 exact biases of 64 coordinates. The difference is what a tensor costs on top.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    books = {"weight": convex_codebook(5), "bias": Codebook.exact()}
+    shapes = [("weight", 4096)] * 100 + [("bias", 64)] * 50
+    slices, offset = [], 0
+    for index, (key, length) in enumerate(shapes):
+        slices.append(Slice(f"p{index}", 0, length, torch.float32, key, offset))
+        offset += length
+    one = [Slice("p", 0, offset, torch.float32, "weight", 0)]
+    seconds: dict[str, list[float]] = {}
+    prepared = []
+    for name, parts in (("150_tensors", slices), ("1_tensor", one)):
+        codec = Codec(MessagePlan.build(parts, books), books)
+        values = [torch.randn(part.length, generator=generator) for part in parts]
+        context = MessageContext(0, 0, 0, 0, 0, 0, 0)
+        message, out = codec.encode(values, context), [torch.empty_like(tensor) for tensor in values]
+        prepared.append((f"{name}_encode_ms", lambda c=codec, v=values, w=context, m=message: c.encode(v, w, m)))
+        prepared.append((f"{name}_decode_ms", lambda c=codec, w=context, m=message, o=out: c.decode_mean([m], [w], o)))
+    for _ in range(rounds + 1):
+        for name, run in prepared:
+            begin = time.perf_counter()
+            run()
+            seconds.setdefault(name, []).append(time.perf_counter() - begin)
+    return {name: 1e3 * statistics.median(found[1:]) for name, found in seconds.items()}
 
 
 def table_of(size: str, timings: dict[str, Timing]) -> Table:
@@ -160,19 +216,30 @@ def table_of(size: str, timings: dict[str, Timing]) -> Table:
     return table
 
 
+def machine() -> dict[str, float | str | None]:
+    """What else ran when the measurement began, and on what."""
+    return {
+        "processors": float(os.cpu_count() or 1),
+        "load_average_of_the_minute_before": os.getloadavg()[0],
+        "numba_target": llvm.get_host_cpu_name(),
+        "torch": torch.__version__,
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.set_num_threads(1)
     console = Console()
-    results = {}
+    results: dict[str, Mapping[str, float | str | None]] = {"machine": machine()}
     for size in options.sizes:
         gradient = torch.randn(SIZES[size], generator=torch.Generator().manual_seed(options.seed))
-        rounds = options.rounds * {"25M": 1, "1M": 5, "64K": 30}[size]
-        timings = measure(gradient, rounds)
+        timings = measure(gradient, options.rounds * ROUNDS[size], IN_A_ROW[size])
         console.print(table_of(size, timings))
         results[size] = ratios(timings)
+    results["150 tensors"] = measure_many_tensors(options.rounds * 30, options.seed)
     for size, figures in results.items():
-        console.print(size, {name: round(value, 3) for name, value in figures.items() if value is not None})
+        shown = {name: round(value, 3) for name, value in figures.items() if isinstance(value, float)}
+        console.print(size, shown)
     if options.json is not None:
         write_json(options.json, results)
 
