@@ -69,7 +69,7 @@ _CHECKSUM = np.uint64(CHECKSUM_MULTIPLIER)
 _GROUP = tiles.GROUP
 _SUM_STEP = 64  # bytes
 _CHUNK = 32  # buckets whose codes are summed for the checksum while they are in the cache
-_AHEAD = np.uint64(2048)  # bytes
+_AHEAD = 2048  # coordinates that are asked for before they are quantized; they fit into the first cache twice
 
 _inline = njit(inline="always", nogil=True, error_model="numpy")
 _kernel = njit(nogil=True, error_model="numpy", cache=True)
@@ -355,6 +355,10 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
         sums = np.empty(L2_LANES, dtype=np.float32)
         scratch_address = np.uint64(scratch.ctypes.data)
         bucket_bytes = np.int64(bucket_size // ROWS * bits)
+        # Of several buckets at once, so that the processor need not wait for each before it quantizes it.
+        group = max(1, _AHEAD // bucket_size)
+        magnitudes = np.empty(group, dtype=np.uint32)
+        bytes_ahead = np.uint64(item_bytes * group * bucket_size)
         total = np.uint64(0)
         for index in range(parts.shape[0]):
             part = parts[index]
@@ -373,7 +377,14 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                     halves = carray(word32.half_pointer(given), (length,), np.uint16)
                     widen_values(halves, kind, scratch)
                     bucket = scratch_address
-                largest = _max_magnitude(bucket, length)
+                    largest = _max_magnitude(bucket, length)
+                else:
+                    if number % group == 0:
+                        for later in range(min(group, buckets - number)):
+                            rest = part[LENGTH] - begin - later * bucket_size
+                            place = given + np.uint64(4 * later * bucket_size)
+                            magnitudes[later] = _max_magnitude(place, min(bucket_size, rest))
+                    largest = magnitudes[number % group]
                 norm_bits = largest
                 if norm_bits >= _INFINITY:
                     norm_bits = _NAN
@@ -428,7 +439,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                             source = np.uint64(tail_values.ctypes.data)
                             target = np.uint64(tail_codes.ctypes.data)
                         else:
-                            tiles.prefetch(given + np.uint64(tile_number * tile_bytes) + _AHEAD, tile_bytes)
+                            tiles.prefetch(given + np.uint64(tile_number * tile_bytes) + bytes_ahead, tile_bytes)
                         weyl = word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), _WEYL)
                         row_weyl = word32.multiply(np.uint32(row_length), _WEYL)
                         tiles.encode_tile(

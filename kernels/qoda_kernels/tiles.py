@@ -209,11 +209,14 @@ class _Rounding:
 
 
 def _codes(values: Words, position: Floats, random: Words, bits: int, shift: int) -> Words:
-    """Code words of coordinates, given their positions and 16 random bits for each."""
-    fixed = (position + _ROUNDING_CONSTANT).as_words()
-    dithered = ((fixed + (random >> (16 - shift))) >> shift) - (_ROUNDING_BITS >> shift)
-    top = (1 << (bits - 1)) - 1
-    return dithered.minimum(top) | ((values >> (32 - bits)) & (top + 1))
+    """Code words of coordinates, in the highest bits of each element, given positions and 16 random bits for each.
+
+    The sign is there already. Below the level index its fraction remains.
+    """
+    dithered = (position + _ROUNDING_CONSTANT).as_words() + (random >> (16 - shift))
+    largest = _ROUNDING_BITS + (1 << (bits - 1 + shift)) - 1
+    level = dithered.minimum(largest) << (32 - bits - shift)
+    return (values & 0x80000000) | (level & 0x7FFFFFFF)
 
 
 def _plane(low: Words, high: Words, index: int, bits: int) -> Words:
@@ -279,18 +282,19 @@ def encode_tile(
             positions = rounding.positions([magnitude * scales for magnitude in magnitudes])
             number = Words.filled(builder, weyl, width) + Words.multiples(builder, WEYL_MULTIPLIER, width, begin)
             strata = _Strata(builder, key, common_first, number, row_step) if is_stratified else None
-            low = high = Words.multiples(builder, 0, width)
-            for row in range(ROWS // 2):
+            words = [Words.multiples(builder, 0, width)] * 2  # of rows 0-3 and of rows 4-7
+            number = number + row_step + row_step + row_step
+            for row in reversed(range(ROWS // 2)):
                 both = _hash(number, *key_words)
-                parts = []
-                for place, random in ((row, both & 0xFFFF), (row + ROWS // 2, both >> 16)):
+                for half, random in enumerate((both & 0xFFFF, both >> 16)):
+                    place = row + half * ROWS // 2
                     values = Words.load(builder, places[place], width)
                     used = random if strata is None else strata.dither(random, place, values)
-                    parts.append(_codes(values, positions[place], used, bits, shift) << (row * bits))
-                low, high = low | parts[0], high | parts[1]
-                number = number + row_step
+                    code = _codes(values, positions[place], used, bits, shift)
+                    words[half] = words[half].shifted_in(code, bits)
+                number = number - row_step
             for index in range(bits):
-                _plane(low, high, index, bits).store_low_bytes(_moved(builder, target, index * lanes + begin))
+                _plane(*words, index, bits).store_low_bytes(_moved(builder, target, index * lanes + begin))
         return context.get_dummy_value()
 
     numbers = types.uint64, types.uint64, words, words, key, words, words, types.float32

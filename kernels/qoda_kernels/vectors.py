@@ -91,6 +91,14 @@ class Words:
     def __rshift__(self, places: int) -> "Words":
         return self if places == 0 else Words(self.builder, self.builder.lshr(self.value, self._value(places)))
 
+    def shifted_in(self, lower: "Words", places: int) -> "Words":
+        """Each element shifted to the left by some places, which the highest bits of `lower` fill."""
+        kind = self.value.type
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fshl.v{self.count}i32"
+        )
+        return Words(self.builder, self.builder.call(function, [self.value, lower.value, self._value(places)]))
+
     def shifted_right(self, places: "Words") -> "Words":
         """Each element shifted by its own number of places."""
         return Words(self.builder, self.builder.lshr(self.value, places.value))
