@@ -293,8 +293,9 @@ def encode_tile(
                     code = _codes(values, positions[place], used, bits, shift)
                     words[half] = words[half].shifted_in(code, bits)
                 number = number - row_step
+            low, high = words
             for index in range(bits):
-                _plane(*words, index, bits).store_low_bytes(_moved(builder, target, index * lanes + begin))
+                _plane(low, high, index, bits).store_low_bytes(_moved(builder, target, index * lanes + begin))
         return context.get_dummy_value()
 
     numbers = types.uint64, types.uint64, words, words, key, words, words, types.float32

@@ -1,0 +1,69 @@
+"""When kernels are compiled: at the first use, once, with a line in the log; never by an import."""
+
+import importlib.util
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from numba import types
+
+from qoda_kernels import cpu
+
+SOURCE = """
+from numba import njit
+
+@njit(cache=True)
+def double(x):
+    return x + x
+"""
+
+
+def imported(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_log_says_when_a_kernel_is_compiled_and_not_when_it_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "kernel.py"
+    path.write_text(SOURCE)
+    signature = types.int64(types.int64)
+    with caplog.at_level(logging.INFO, logger="qoda_kernels"):
+        assert cpu._compiled(imported(path, "kernel").double, signature, "doubles")(21) == 42
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "compiling the CPU kernel that doubles; once on this machine, some seconds"
+    assert lines[1].startswith("the CPU kernel that doubles is ready after ")
+    assert len(lines) == 2
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="qoda_kernels"):
+        assert cpu._compiled(imported(path, "kernel").double, signature, "doubles")(21) == 42  # from the disk
+    assert not caplog.records
+
+
+def test_kernels_are_kept_for_the_process() -> None:
+    assert cpu.encoder(4, 32, "uniform", cpu.FLOAT32, False) is cpu.encoder(4, 32, "uniform", cpu.FLOAT32, False)
+    assert cpu.decoder(4, 32, cpu.FLOAT32) is cpu.decoder(4, 32, cpu.FLOAT32)
+
+
+def test_an_import_compiles_nothing_and_leaves_out_what_is_slow_to_load() -> None:
+    """Numba's events tell of every compilation; the CUDA target and the hosts are not loaded."""
+    program = """
+import sys
+from numba.core import event
+
+with event.install_recorder("numba:compile") as recorder:
+    import hvd_qoda
+    import qoda_kernels.codec
+assert not recorder.buffer, recorder.buffer
+slow = {"numba.cuda", "horovod", "deepspeed", "wandb", "transformers"} & set(sys.modules)
+assert not slow, slow
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
