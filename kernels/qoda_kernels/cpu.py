@@ -24,18 +24,27 @@ from numba.core import event
 
 from qoda_kernels import tiles, word32
 from qoda_kernels.codebook import ROWS
-from qoda_kernels.dither import HIGH_WORD_MULTIPLIER, WEYL_MULTIPLIER
-from qoda_kernels.layout import HEADER_BYTES
-from qoda_kernels.reference import (
-    INFINITY_BITS,
-    L2_LANES,
-    NAN_BITS,
+from qoda_kernels.kernel_constants import (
+    CHECKSUM,
+    HALF_NAN,
+    HIGH_HALF,
+    HIGH_WORD,
+    INFINITY,
+    LARGEST,
+    LOW_HALF,
+    MAGNITUDE,
+    NAN,
+    SIGN,
     TINY_NORM,
     TINY_SCALE,
+    WEYL,
+)
+from qoda_kernels.layout import HEADER_BYTES
+from qoda_kernels.reference import (
+    L2_LANES,
     RoundingTable,
     fraction_bits,
 )
-from qoda_kernels.wire import CHECKSUM_MULTIPLIER
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,17 +64,6 @@ CODES_END = 6  # first byte behind them
 END = 7  # first byte behind the padding that follows them, if any
 PART_FIELDS = 8
 
-_MAGNITUDE, _SIGN = np.uint32(0x7FFFFFFF), np.uint32(0x80000000)
-_INFINITY = np.uint32(INFINITY_BITS)
-_NAN = np.uint32(NAN_BITS)
-_HALF_NAN = np.uint32(0x7E00)
-_LARGEST = np.uint32(0x7F7FFFFF)
-_WEYL = np.uint32(WEYL_MULTIPLIER)
-_HIGH_WORD = np.uint32(HIGH_WORD_MULTIPLIER)
-_TINY_NORM = np.float32(TINY_NORM)
-_TINY_SCALE = np.float32(TINY_SCALE)
-_LOW_HALF = np.uint32(0xFFFF)
-_CHECKSUM = np.uint64(CHECKSUM_MULTIPLIER)
 _GROUP = tiles.GROUP
 _SUM_STEP = 64  # bytes
 _CHUNK = 32  # buckets whose codes are summed for the checksum while they are in the cache
@@ -94,9 +92,9 @@ def _widen_half(half: np.uint32) -> np.float32:
 def _rounded_to_half(value: np.float32) -> np.uint32:
     """Bits of a float32 rounded to nearest even in float16; 0x7E00 for NaN."""
     bits = word32.float_bits(value)
-    magnitude = word32.bit_and(bits, _MAGNITUDE)
-    if magnitude > _INFINITY:
-        return _HALF_NAN
+    magnitude = word32.bit_and(bits, MAGNITUDE)
+    if magnitude > INFINITY:
+        return HALF_NAN
     if magnitude >= np.uint32(143 << 23):  # 2^16: infinity
         half = np.uint32(0x7C00)
     elif magnitude < np.uint32(113 << 23):  # subnormal: the sum with 1/2 has the ulp 2^-24
@@ -116,8 +114,8 @@ def _rounded_to_bfloat16(value: np.float32) -> np.uint32:
     bits = word32.float_bits(value)
     odd = word32.bit_and(word32.shift_right(bits, np.uint32(16)), np.uint32(1))
     rounded = word32.add(bits, word32.add(odd, np.uint32(0x7FFF)))
-    if word32.bit_and(bits, _MAGNITUDE) > _INFINITY:
-        rounded = _NAN
+    if word32.bit_and(bits, MAGNITUDE) > INFINITY:
+        rounded = NAN
     return word32.shift_right(rounded, np.uint32(16))
 
 
@@ -158,7 +156,7 @@ def _max_magnitude(address: np.uint64, length: int) -> np.uint32:
         largest = tiles.largest_magnitude(np.uint64(address), groups)
     values = carray(word32.float_pointer(np.uint64(address)), (length,), np.float32)
     for index in range(groups * _GROUP, length):
-        largest = word32.maximum(largest, word32.bit_and(word32.float_bits(values[index]), _MAGNITUDE))
+        largest = word32.maximum(largest, word32.bit_and(word32.float_bits(values[index]), MAGNITUDE))
     return largest
 
 
@@ -180,15 +178,15 @@ def _l2_norm(address: np.uint64, length: int, largest: np.uint32, lanes: npt.NDA
             lanes[lane] = np.float32(lanes[lane] + lanes[lane + width])
         width //= 2
     root = np.float32(np.sqrt(lanes[0]) * word32.float_from_bits(np.uint32((254 - field) << 23)))
-    return word32.minimum(word32.float_bits(root), _LARGEST)
+    return word32.minimum(word32.float_bits(root), LARGEST)
 
 
 @_kernel
 def _round_up_to_bfloat16(word: np.uint32) -> np.uint32:
     """A non-negative norm as float32 bits, rounded up to bfloat16; NaN for a norm that is not finite."""
-    if word >= _INFINITY:
-        return _NAN
-    return word32.bit_and(word32.add(word, _LOW_HALF), np.uint32(0xFFFF0000))
+    if word >= INFINITY:
+        return NAN
+    return word32.bit_and(word32.add(word, LOW_HALF), HIGH_HALF)
 
 
 @_inline
@@ -203,7 +201,7 @@ def _share_of_bytes(message: np.uint64, begin: int, end: int) -> np.uint64:
     total = np.uint64(0)
     for place in range(begin, end):
         offset = place - HEADER_BYTES
-        weight = np.uint64(1) + _CHECKSUM * np.uint64(offset // 4 + 1)
+        weight = np.uint64(1) + CHECKSUM * np.uint64(offset // 4 + 1)
         total += weight * (np.uint64(data[place]) << np.uint64(8 * (offset % 4)))
     return total
 
@@ -223,7 +221,7 @@ def sum_bytes(message: np.uint64, begin: int, end: int) -> np.uint64:
         return _share_of_bytes(message, begin, end)
     last = first + steps * _SUM_STEP
     word = np.uint64((first - HEADER_BYTES) // 4 + 1)
-    total = tiles.sum_words(np.uint64(message) + np.uint64(first), steps, word, _CHECKSUM)
+    total = tiles.sum_words(np.uint64(message) + np.uint64(first), steps, word, CHECKSUM)
     return total + _share_of_bytes(message, begin, first) + _share_of_bytes(message, last, end)
 
 
@@ -386,8 +384,8 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                             magnitudes[later] = _max_magnitude(place, min(bucket_size, rest))
                     largest = magnitudes[number % group]
                 norm_bits = largest
-                if norm_bits >= _INFINITY:
-                    norm_bits = _NAN
+                if norm_bits >= INFINITY:
+                    norm_bits = NAN
                 elif clip > 0 and norm_bits > 0:
                     norm_bits = clip
                 elif is_l2 and norm_bits > 0:
@@ -398,7 +396,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                     position = np.uint32(8 * (byte + 4 - norm_bytes))
                     norms[number * norm_bytes + byte] = word32.low_byte(word32.shift_right(norm_bits, position))
                 codes = message + np.uint64(codes_begin)
-                if norm_bits == np.uint32(0) or norm_bits >= _INFINITY:
+                if norm_bits == np.uint32(0) or norm_bits >= INFINITY:
                     _bytes_at(codes, codes_end - codes_begin)[:] = np.uint8(0)
                 else:
                     norm = word32.float_from_bits(norm_bits)
@@ -406,21 +404,21 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                     if clip > 0 and largest > norm_bits:
                         for place in range(length):
                             word = word32.float_bits(given_values[place])
-                            clipped = word32.minimum(word32.bit_and(word, _MAGNITUDE), norm_bits)
-                            clipped = word32.bit_or(clipped, word32.bit_and(word, _SIGN))
+                            clipped = word32.minimum(word32.bit_and(word, MAGNITUDE), norm_bits)
+                            clipped = word32.bit_or(clipped, word32.bit_and(word, SIGN))
                             scratch[place] = word32.float_from_bits(clipped)
                         bucket = scratch_address
                         given_values = scratch[:length]
-                    if norm < _TINY_NORM:
+                    if norm < TINY_NORM:
                         for place in range(length):
-                            scratch[place] = np.float32(given_values[place] * _TINY_SCALE)
+                            scratch[place] = np.float32(given_values[place] * TINY_SCALE)
                         bucket = scratch_address
-                        norm = np.float32(norm * _TINY_SCALE)
+                        norm = np.float32(norm * TINY_SCALE)
                     scale = np.float32((uniform_scale if is_uniform else np.float32(1.0)) / norm)
                     coordinate = np.uint64(part[COORDINATE]) + np.uint64(begin)
                     high_place = np.uint32(coordinate >> np.uint64(32))
                     low_place = np.uint32(coordinate & np.uint64(0xFFFFFFFF))
-                    high_share = word32.multiply(high_place, _HIGH_WORD)
+                    high_share = word32.multiply(high_place, HIGH_WORD)
                     full_tiles = length // tile
                     rest = length - full_tiles * tile
                     tail_lanes = (rest + ROWS - 1) // ROWS
@@ -440,8 +438,8 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                             target = np.uint64(tail_codes.ctypes.data)
                         else:
                             tiles.prefetch(given + np.uint64(tile_number * tile_bytes) + bytes_ahead, tile_bytes)
-                        weyl = word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), _WEYL)
-                        row_weyl = word32.multiply(np.uint32(row_length), _WEYL)
+                        weyl = word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), WEYL)
+                        row_weyl = word32.multiply(np.uint32(row_length), WEYL)
                         tiles.encode_tile(
                             source,
                             target,
@@ -523,7 +521,7 @@ def decoder(bits: int, lanes: int, kind: int) -> Callable[..., None]:
                     for byte in range(norm_bytes):
                         position = np.uint32(8 * (byte + 4 - norm_bytes))
                         norm_bits = word32.bit_or(norm_bits, word32.shift_left(np.uint32(word_bytes[byte]), position))
-                    if norm_bits >= _INFINITY:
+                    if norm_bits >= INFINITY:
                         is_finite = False
                         break
                     norm = word32.float_from_bits(norm_bits)
@@ -554,7 +552,7 @@ def decoder(bits: int, lanes: int, kind: int) -> Callable[..., None]:
                     for place in range(length):
                         sums[place] = np.float32(sums[place] * scale)
                 else:
-                    sums[:] = word32.float_from_bits(_NAN)
+                    sums[:] = word32.float_from_bits(NAN)
                 if kind != FLOAT32:
                     halves = carray(word32.half_pointer(tensor + np.uint64(2 * begin)), (length,), np.uint16)
                     round_values(sums, kind, halves)

@@ -31,10 +31,24 @@ from qoda_kernels.device_tables import (
     STEP,
     WORKSPACE,
 )
-from qoda_kernels.dither import FIRST_MULTIPLIER, HIGH_WORD_MULTIPLIER, SECOND_MULTIPLIER, WEYL_MULTIPLIER
+from qoda_kernels.dither import FIRST_MULTIPLIER, SECOND_MULTIPLIER
+from qoda_kernels.kernel_constants import (
+    CHECKSUM,
+    HALF_NAN,
+    HIGH_HALF,
+    HIGH_WORD,
+    INFINITY,
+    LARGEST,
+    LOW_HALF,
+    MAGNITUDE,
+    NAN,
+    ROUNDING_BITS,
+    ROUNDING_CONSTANT,
+    TINY_NORM,
+    TINY_SCALE,
+    WEYL,
+)
 from qoda_kernels.layout import HEADER_BYTES
-from qoda_kernels.reference import INFINITY_BITS, NAN_BITS, TINY_NORM, TINY_SCALE
-from qoda_kernels.wire import CHECKSUM_MULTIPLIER
 
 # mypy: disable-error-code="no-untyped-def"
 # Numba infers the types of device functions.
@@ -47,22 +61,9 @@ _LONG = types.uint64
 _FLOAT32, _FLOAT16, _BFLOAT16, _FLOAT64 = (np.uint32(kind) for kind in KINDS.values())
 _UNIFORM, _MINIMUM = np.uint32(METHODS["uniform"]), np.uint32(METHODS["minimum"])
 _EXACT = np.uint32(EXACT_BITS)
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
-_INFINITY = np.uint32(INFINITY_BITS)
-_NAN = np.uint32(NAN_BITS)
-_HALF_NAN = np.uint32(0x7E00)
 _DOUBLE_NAN = np.uint64(0x7FF8000000000000)
-_LARGEST = np.uint32(0x7F7FFFFF)
-_ROUNDING_CONSTANT = np.float32(1.5 * 2.0**23)  # x + it has the ulp 1, so its low bits are rint(x)
-_ROUNDING_BITS = np.uint32(0x4B400000)
-_WEYL = np.uint32(WEYL_MULTIPLIER)
 _FIRST = np.uint32(FIRST_MULTIPLIER)
 _SECOND = np.uint32(SECOND_MULTIPLIER)
-_HIGH_WORD = np.uint32(HIGH_WORD_MULTIPLIER)
-_TINY_NORM = np.float32(TINY_NORM)
-_TINY_SCALE = np.float32(TINY_SCALE)
-_LOW_HALF = np.uint32(0xFFFF)
-_CHECKSUM = np.uint64(CHECKSUM_MULTIPLIER)
 _HEADER = np.uint32(HEADER_BYTES)
 _HEADER_WORDS = np.uint32(HEADER_BYTES // 4)
 _ALL = -1  # lanes
@@ -299,16 +300,16 @@ def _store_value(begin, kind, index, value):
     """Store a float32 as value number `index`, rounded to nearest even; NaN becomes the positive quiet NaN."""
     address = begin + (np.uint64(index) << np.uint64(_item_shift(kind)))
     bits = word32.float_bits(value)
-    is_nan = word32.bit_and(bits, _MAGNITUDE) > _INFINITY
+    is_nan = word32.bit_and(bits, MAGNITUDE) > INFINITY
     if kind == _FLOAT32:
-        memory.store_word(address, _NAN if is_nan else bits)
+        memory.store_word(address, NAN if is_nan else bits)
     elif kind == _FLOAT16:
         half = np.uint32(memory.round_to_half(value))
-        memory.store_half_word(address, _HALF_NAN if is_nan else half)
+        memory.store_half_word(address, HALF_NAN if is_nan else half)
     else:
         odd = word32.bit_and(word32.shift_right(bits, np.uint32(16)), np.uint32(1))
         rounded = word32.add(bits, word32.add(odd, np.uint32(0x7FFF)))
-        memory.store_half_word(address, word32.shift_right(_NAN if is_nan else rounded, np.uint32(16)))
+        memory.store_half_word(address, word32.shift_right(NAN if is_nan else rounded, np.uint32(16)))
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def _store_value(begin, kind, index, value):
 
 @_device
 def _magnitude_bits(value):
-    return word32.bit_and(word32.float_bits(value), _MAGNITUDE)
+    return word32.bit_and(word32.float_bits(value), MAGNITUDE)
 
 
 @_device
@@ -345,8 +346,8 @@ def _norm(begin, kind, count, is_l2):
         largest = word32.maximum(largest, _largest_of(column))
         first = word32.add(first, np.uint32(256))
     largest = _warp_maximum(largest)
-    if largest >= _INFINITY:
-        return _NAN
+    if largest >= INFINITY:
+        return NAN
     if is_l2 == np.uint32(0) or largest == np.uint32(0):
         return largest
     exponent = word32.shift_right(largest, np.uint32(23))
@@ -371,7 +372,7 @@ def _norm(begin, kind, count, is_l2):
         first = word32.add(first, np.uint32(256))
     root = libdevice.fsqrt_rn(_warp_tree_sum(total))
     back = word32.float_from_bits(word32.shift_left(word32.subtract(np.uint32(254), field), np.uint32(23)))
-    return word32.minimum(word32.float_bits(libdevice.fmul_rn(root, back)), _LARGEST)
+    return word32.minimum(word32.float_bits(libdevice.fmul_rn(root, back)), LARGEST)
 
 
 @_device
@@ -421,14 +422,14 @@ def _normalised(column, is_tiny, multiplier):
     """A column of magnitudes times a multiplier."""
     if is_tiny:
         return (
-            _scaled(column[0], _TINY_SCALE, multiplier),
-            _scaled(column[1], _TINY_SCALE, multiplier),
-            _scaled(column[2], _TINY_SCALE, multiplier),
-            _scaled(column[3], _TINY_SCALE, multiplier),
-            _scaled(column[4], _TINY_SCALE, multiplier),
-            _scaled(column[5], _TINY_SCALE, multiplier),
-            _scaled(column[6], _TINY_SCALE, multiplier),
-            _scaled(column[7], _TINY_SCALE, multiplier),
+            _scaled(column[0], TINY_SCALE, multiplier),
+            _scaled(column[1], TINY_SCALE, multiplier),
+            _scaled(column[2], TINY_SCALE, multiplier),
+            _scaled(column[3], TINY_SCALE, multiplier),
+            _scaled(column[4], TINY_SCALE, multiplier),
+            _scaled(column[5], TINY_SCALE, multiplier),
+            _scaled(column[6], TINY_SCALE, multiplier),
+            _scaled(column[7], TINY_SCALE, multiplier),
         )
     return (
         libdevice.fmul_rn(column[0], multiplier),
@@ -445,7 +446,7 @@ def _normalised(column, is_tiny, multiplier):
 @_device
 def _least_lines(table, slopes, steps, x):
     """For each of eight x, the least of the lines slope_i x + intercept_i. One read of a line serves all eight."""
-    infinity = word32.float_from_bits(_INFINITY)
+    infinity = word32.float_from_bits(INFINITY)
     p0, p1, p2, p3, p4, p5, p6, p7 = infinity, infinity, infinity, infinity, infinity, infinity, infinity, infinity
     line = slopes
     end = word32.add(slopes, steps)
@@ -513,7 +514,7 @@ def _signs(a, b, c, d, bits):
 @_device
 def _level(position, random, fraction, steps):
     """Index of the level of one coordinate, given 16 random bits."""
-    fixed = word32.subtract(word32.float_bits(libdevice.fadd_rn(position, _ROUNDING_CONSTANT)), _ROUNDING_BITS)
+    fixed = word32.subtract(word32.float_bits(libdevice.fadd_rn(position, ROUNDING_CONSTANT)), ROUNDING_BITS)
     dithered = word32.add(fixed, word32.shift_right(random, word32.subtract(np.uint32(16), fraction)))
     return word32.minimum(word32.shift_right(dithered, fraction), steps)
 
@@ -522,7 +523,7 @@ def _level(position, random, fraction, steps):
 def _add_levels(low, high, row, upper, lower, random, bits, fraction, steps):
     """Levels of rows `row` and `row + 4` added to the words of rows 0-3 and 4-7."""
     shift = word32.multiply(np.uint32(row), bits)
-    upper_level = _level(upper, word32.bit_and(random, _LOW_HALF), fraction, steps)
+    upper_level = _level(upper, word32.bit_and(random, LOW_HALF), fraction, steps)
     lower_level = _level(lower, word32.shift_right(random, np.uint32(16)), fraction, steps)
     low = word32.bit_or(low, word32.shift_left(upper_level, shift))
     return low, word32.bit_or(high, word32.shift_left(lower_level, shift))
@@ -536,7 +537,7 @@ def _in_stratum(random, common, is_negative, position, strata, inverse):
     stratum = word32.minimum(moved, word32.subtract(moved, strata))
     place = np.float32(np.int32(word32.bit_or(word32.shift_left(stratum, np.uint32(16)), random)))
     scaled = word32.fused_multiply_add(place, inverse, libdevice.fmul_rn(inverse, np.float32(0.5)))
-    return word32.bit_xor(word32.truncated(scaled), word32.multiply(is_negative, _LOW_HALF))
+    return word32.bit_xor(word32.truncated(scaled), word32.multiply(is_negative, LOW_HALF))
 
 
 @_device
@@ -545,7 +546,7 @@ def _stratified(random, common, row, low, high, bits, position, strata, inverse)
     shift = np.uint32(8 * (row // 2))
     sign_place = word32.subtract(word32.multiply(np.uint32(row + 1), bits), np.uint32(1))
     sign = word32.bit_and(word32.shift_right(low, sign_place), np.uint32(1))
-    own = word32.bit_and(random, _LOW_HALF)
+    own = word32.bit_and(random, LOW_HALF)
     upper = _in_stratum(own, word32.shift_right(common, shift), sign, position, strata, inverse)
     sign = word32.bit_and(word32.shift_right(high, sign_place), np.uint32(1))
     own = word32.shift_right(random, np.uint32(16))
@@ -564,7 +565,7 @@ def _share(offset, value):
     The value must not reach beyond its 32-bit word.
     """
     place = word32.subtract(offset, _HEADER)
-    weight = np.uint64(1) + _CHECKSUM * np.uint64(word32.add(word32.shift_right(place, np.uint32(2)), np.uint32(1)))
+    weight = np.uint64(1) + CHECKSUM * np.uint64(word32.add(word32.shift_right(place, np.uint32(2)), np.uint32(1)))
     shift = word32.shift_left(word32.bit_and(place, np.uint32(3)), np.uint32(3))
     return weight * np.uint64(word32.shift_left(np.uint32(value), shift))
 
@@ -583,7 +584,7 @@ def _share_of_planes(offset, byte_sum, weighted_sum, words):
     first = np.uint64(word32.add(word32.shift_right(place, np.uint32(2)), np.uint32(1)))
     position_sum = first * np.uint64(byte_sum) + np.uint64(words) * np.uint64(weighted_sum)
     shift = word32.shift_left(word32.bit_and(place, np.uint32(3)), np.uint32(3))
-    return (np.uint64(byte_sum) + _CHECKSUM * position_sum) << np.uint64(shift)
+    return (np.uint64(byte_sum) + CHECKSUM * position_sum) << np.uint64(shift)
 
 
 @_device
@@ -598,6 +599,18 @@ def _is_last_block(workspace):
     finished = memory.atomic_add_word(workspace + _FINISHED_BLOCKS, np.uint32(1))
     cuda.threadfence()
     return word32.add(finished, np.uint32(1)) == np.uint32(cuda.gridDim.x)
+
+
+@_device
+def _place_in_tiles(lanes):
+    """The first tile on which a lane of the warp works, how many the warp does at once, and its lane in them.
+
+    With tiles of 16 lanes, each half of the warp takes every other one.
+    """
+    lane = _lane()
+    if lanes == np.uint32(16):
+        return word32.shift_right(lane, np.uint32(4)), np.uint32(2), word32.bit_and(lane, np.uint32(15))
+    return np.uint32(0), np.uint32(1), lane
 
 
 # --- encode -----------------------------------------------------------------------------------------------------------
@@ -668,11 +681,11 @@ def _encode_bucket(values, kind, segment, message, number, table, key):
 
     norm_bits = _norm(values, kind, count, memory.load_word(segment + _IS_L2))
     clip = memory.load_word(segment + _CLIP)
-    if clip != np.uint32(0) and norm_bits != np.uint32(0) and norm_bits < _INFINITY:
+    if clip != np.uint32(0) and norm_bits != np.uint32(0) and norm_bits < INFINITY:
         norm_bits = clip
     if norm_bytes == np.uint32(2):
-        rounded_up = word32.bit_and(word32.add(norm_bits, _LOW_HALF), np.uint32(0xFFFF0000))
-        norm_bits = _NAN if norm_bits >= _INFINITY else rounded_up
+        rounded_up = word32.bit_and(word32.add(norm_bits, LOW_HALF), HIGH_HALF)
+        norm_bits = NAN if norm_bits >= INFINITY else rounded_up
     if lane == np.uint32(0):
         norm_offset = word32.add(memory.load_word(segment + _BEGIN), word32.multiply(number, norm_bytes))
         if norm_bytes == np.uint32(2):
@@ -693,7 +706,7 @@ def _encode_bucket(values, kind, segment, message, number, table, key):
         tiles = word32.add(tiles, np.uint32(1))
     tail = word32.subtract(count, tiles_length)
     tail_lanes = word32.shift_right(word32.add(tail, np.uint32(7)), np.uint32(3))
-    if norm_bits == np.uint32(0) or norm_bits >= _INFINITY:
+    if norm_bits == np.uint32(0) or norm_bits >= INFINITY:
         used_lanes = word32.add(word32.multiply(tiles, lanes), tail_lanes)
         _store_zeros(message, offset, word32.multiply(used_lanes, bits))
         return total
@@ -703,28 +716,22 @@ def _encode_bucket(values, kind, segment, message, number, table, key):
     method = memory.load_word(segment + _METHOD)
     rounding = memory.load_word(segment + _ROUNDING)
     norm = word32.float_from_bits(norm_bits)
-    is_tiny = norm < _TINY_NORM
+    is_tiny = norm < TINY_NORM
     if is_tiny:
-        norm = libdevice.fmul_rn(norm, _TINY_SCALE)
+        norm = libdevice.fmul_rn(norm, TINY_SCALE)
     numerator = np.float32(1.0)
     if method == _UNIFORM:
         numerator = np.float32(np.int32(word32.shift_left(steps, fraction)))
     multiplier = libdevice.fdiv_rn(numerator, norm)
     high_place = np.uint32(place >> np.uint64(32))
     key_first, key_second, common_first, common_second, position, strata = key
-    key_first = word32.add(key_first, word32.multiply(high_place, _HIGH_WORD))
-    common_first = word32.add(common_first, word32.multiply(high_place, _HIGH_WORD))
+    key_first = word32.add(key_first, word32.multiply(high_place, HIGH_WORD))
+    common_first = word32.add(common_first, word32.multiply(high_place, HIGH_WORD))
     inverse = libdevice.fdiv_rn(np.float32(1.0), np.float32(np.int32(strata)))
     low_place = np.uint32(place & np.uint64(0xFFFFFFFF))
 
-    # With 16 lanes, each half of the warp takes every other tile. The tail is one more tile, with fewer lanes.
-    half = np.uint32(0)
-    together = np.uint32(1)
-    tile_lane = lane
-    if lanes == np.uint32(16):
-        half = word32.shift_right(lane, np.uint32(4))
-        together = np.uint32(2)
-        tile_lane = word32.bit_and(lane, np.uint32(15))
+    # The tail is one more tile, with fewer lanes.
+    half, together, tile_lane = _place_in_tiles(lanes)
     byte_sum = np.uint32(0)
     weighted_sum = np.uint32(0)
     number_of_tile = half
@@ -739,8 +746,8 @@ def _encode_bucket(values, kind, segment, message, number, table, key):
             high = _signs(v[4], v[5], v[6], v[7], bits)
             x = _normalised(_clipped(v, norm_bits), is_tiny, multiplier)
             y = _positions(method, table, rounding, steps, x)
-            weyl = word32.multiply(word32.add(low_place, first), _WEYL)
-            row_weyl = word32.multiply(stride, _WEYL)
+            weyl = word32.multiply(word32.add(low_place, first), WEYL)
+            row_weyl = word32.multiply(stride, WEYL)
             common = np.uint32(0), np.uint32(0)
             if strata > np.uint32(1):
                 common = (
@@ -895,7 +902,7 @@ def _sum_piece(message, piece, payload_bytes):
         )
         weighted_sum += first * four + ascending
         place = word32.add(place, np.uint32(512))
-    return _warp_sum(word_sum + _CHECKSUM * weighted_sum)
+    return _warp_sum(word_sum + CHECKSUM * weighted_sum)
 
 
 @_device
@@ -910,7 +917,7 @@ def _fill_with_nan(out, kind, segment, number):
         if kind == _FLOAT64:
             memory.store_long(out + np.uint64(8) * np.uint64(index), _DOUBLE_NAN)
         else:
-            _store_value(out, kind, index, word32.float_from_bits(_NAN))
+            _store_value(out, kind, index, word32.float_from_bits(NAN))
         index = word32.add(index, np.uint32(32))
 
 
@@ -980,7 +987,7 @@ def _decode_bucket(out, kind, segment, number, senders, sender_count, scale, tab
         message = memory.load_long(senders + _SENDER_BYTES * np.uint64(sender) + _SENDER_MESSAGE)
         largest = word32.maximum(largest, _load_norm(message + np.uint64(norm_offset), norm_bytes))
         sender = word32.add(sender, np.uint32(32))
-    if _warp_maximum(largest) >= _INFINITY:
+    if _warp_maximum(largest) >= INFINITY:
         _fill_with_nan(out, kind, segment, number)
         return
 
@@ -990,13 +997,7 @@ def _decode_bucket(out, kind, segment, number, senders, sender_count, scale, tab
     mask = word32.subtract(word32.shift_left(np.uint32(1), bits), np.uint32(1))
     middle = np.uint64(word32.shift_left(bits, np.uint32(2)))
     tile = word32.shift_left(lanes, np.uint32(3))
-    half = np.uint32(0)
-    together = np.uint32(1)
-    tile_lane = lane
-    if lanes == np.uint32(16):
-        half = word32.shift_right(lane, np.uint32(4))
-        together = np.uint32(2)
-        tile_lane = word32.bit_and(lane, np.uint32(15))
+    half, together, tile_lane = _place_in_tiles(lanes)
     tile_begin = word32.multiply(half, tile)
     number_of_tile = half
     while tile_begin < count:
@@ -1238,7 +1239,7 @@ def gather_statistics(plan, values, gathered, is_first):
             bucket += begin << np.uint64(_item_shift(kind))
             record = gathered + _GATHERED_BYTES * np.uint64(memory.load_word(segment + _CODEBOOK))
             norm_bits = _norm(bucket, kind, count, memory.load_word(segment + _IS_L2))
-            is_finite = norm_bits < _INFINITY
+            is_finite = norm_bits < INFINITY
             if is_first != np.uint32(0):
                 if is_finite and _lane() == np.uint32(0):
                     memory.atomic_max_word(record + _GATHERED_LARGEST, norm_bits)

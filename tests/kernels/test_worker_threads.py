@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from qoda_kernels import worker_threads
+from qoda_kernels.errors import QodaError, ThreadCountError
 from qoda_kernels.worker_threads import WorkerThreads, allotted_threads
 
 
@@ -16,6 +17,12 @@ def test_every_range_is_run_once(count: int) -> None:
         seen: list[int] = []
         threads.run(seen.append, range(length))
         assert sorted(seen) == list(range(length))
+
+
+def test_no_threads_at_all_is_an_error_of_ours() -> None:
+    with pytest.raises(ThreadCountError, match="at least 1 thread") as caught:
+        WorkerThreads(0)
+    assert isinstance(caught.value, QodaError)
 
 
 def test_ranges_run_at_the_same_time() -> None:
