@@ -64,6 +64,7 @@ class Compression:
             RegistryError: for layer rules that match nothing.
             ImportError: without Horovod.
         """
+        _need_horovod()
         from hvd_qoda.horovod import QodaCompressor
         from hvd_qoda.horovod.elastic import register_state_handler
 
@@ -87,8 +88,20 @@ class Compression:
         Raises:
             ImportError: without Horovod.
         """
+        _need_horovod()
         from hvd_qoda.horovod import MeteredCompressor
         from hvd_qoda.horovod.elastic import register_state_handler
 
         register_state_handler()
         return MeteredCompressor(compression, process_set, telemetry)
+
+
+def _need_horovod() -> None:
+    """Raise ImportError with advice where Horovod is missing."""
+    try:
+        import horovod.torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "hvd_qoda.Compression needs Horovod with PyTorch. Its release does not build with current PyTorch: "
+            "launch/build_horovod.sh in the project's repository makes a wheel that does."
+        ) from error

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hvd_qoda.errors import UnsupportedError
+from hvd_qoda.errors import ConfigError, UnsupportedError
 from hvd_qoda.optim.averaging import AveragedIterateOptimizer
 from hvd_qoda.optim.state import Group, State, check_choice, check_positive, state_dtype, zeros_of_state
 
@@ -66,12 +66,21 @@ class DualAveragingOptimizer(AveragedIterateOptimizer):
 def check_worker_sum(options: Group) -> None:
     """Raise unless ``sum_over``, ``worker_norms`` and ``gradient_scale`` go together."""
     check_choice("sum_over", options["sum_over"], ("mean", "workers"))
-    check_positive("gradient_scale", options["gradient_scale"])
-    if options["sum_over"] == "workers" and options["worker_norms"] is None:
+    if options["gradient_scale"] is not None:
+        check_positive("gradient_scale", options["gradient_scale"])
+    if options["sum_over"] != "workers":
+        return
+    if options["worker_norms"] is None:
         raise UnsupportedError(
             'sum_over="workers" needs worker_norms, a source of the single workers\' norms: the averaged gradient does '
             "not hold them. Pass the worker_norms of a compressor that was built with worker_norms=True, or use "
             'sum_over="mean" (for one worker the two are equal).'
+        )
+    if options["gradient_scale"] is None:
+        raise ConfigError(
+            'sum_over="workers" needs gradient_scale: the workers\' norms are those of what was exchanged, and the '
+            "gradient may have been scaled since. It is 1.0 where the host averages (op=hvd.Average), the number of "
+            "ranks where it adds up (op=hvd.Sum)."
         )
 
 

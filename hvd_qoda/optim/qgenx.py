@@ -64,7 +64,7 @@ class QGenX(DualAveragingOptimizer):
         world_size: int = 1,
         sum_over: str = "mean",
         worker_norms: WorkerNormsSource | None = None,
-        gradient_scale: float = 1.0,
+        gradient_scale: float | None = None,
         average: bool = True,
     ) -> None:
         options = {

@@ -55,9 +55,9 @@ class QODA(DualAveragingOptimizer):
     groups. q_hat: exponent of ``rates="separated"``, in (0, 1/4].
     worker_norms: for ``sum_over="workers"``, where the norms of the exchange just finished come from, called once per
     step. It belongs to the process: it is not part of ``state_dict()``, and loading keeps it.
-    gradient_scale: c, where ``p.grad`` is c times the mean of the vectors that were exchanged (``op=Sum``: K; gradients
-    exchanged under a constant loss scale s and unscaled before the step: 1/s). The worker norms are multiplied by its
-    square; with ``sum_over="mean"`` it is not used. Clipped gradients, or a loss scale that changes, have no such c:
+    gradient_scale: for ``sum_over="workers"``, c, where ``p.grad`` is c times the mean of the vectors that were
+    exchanged (``op=Average``: 1; ``op=Sum``: K; gradients exchanged under a constant loss scale s and unscaled before the step:
+    1/s). The worker norms are multiplied by its square. Clipped gradients, or a loss scale that changes, have no such c:
     use ``sum_over="mean"``.
     average: keep the averaged iterate (one buffer more).
     sum_of_parts: where this process holds only a part of the model (ZeRO), adds up the processes' squared norms; called
@@ -68,7 +68,8 @@ class QODA(DualAveragingOptimizer):
     gradient counts as zero, as under Horovod. What others write into a parameter after its first step is overwritten by
     the next. As for other optimizers, non-finite gradients spoil the state for good: skip such steps.
 
-    Raises `ConfigError` for impossible options; `UnsupportedError` for ``sum_over="workers"`` without ``worker_norms``,
+    Raises `ConfigError` for impossible options, and for ``sum_over="workers"`` without ``gradient_scale``;
+    `UnsupportedError` for ``sum_over="workers"`` without ``worker_norms``,
     for sparse gradients and for complex or integer parameters.
     """
 
@@ -93,7 +94,7 @@ class QODA(DualAveragingOptimizer):
         q_hat: float = 0.25,
         sum_over: str = "mean",
         worker_norms: WorkerNormsSource | None = None,
-        gradient_scale: float = 1.0,
+        gradient_scale: float | None = None,
         average: bool = True,
         sum_of_parts: Callable[[float], float] | None = None,
     ) -> None:

@@ -693,7 +693,9 @@ def qoda_over_workers() -> list[list[float]]:
     torch.manual_seed(0)
     model = nn.Linear(40, 40, bias=False)
     compression = make_qoda(model, worker_norms=True)
-    wrapped = QODA(model.parameters(), lr=0.5, sum_over="workers", worker_norms=compression.worker_norms)
+    wrapped = QODA(
+        model.parameters(), lr=0.5, sum_over="workers", gradient_scale=1.0, worker_norms=compression.worker_norms
+    )
     optimizer = hvd_qoda.DistributedOptimizer(wrapped, model=model, compression=compression)
     for step in range(5):
         optimizer.zero_grad()

@@ -140,7 +140,7 @@ def test_importing_hvd_qoda_needs_no_horovod() -> None:
     program = (
         "import sys; sys.modules['horovod'] = None; import hvd_qoda, torch\n"
         "try: hvd_qoda.Compression.qoda(torch.nn.Linear(2, 2))\n"
-        "except ImportError: print('needs Horovod')"
+        "except ImportError as error: print(error)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -150,4 +150,4 @@ def test_importing_hvd_qoda_needs_no_horovod() -> None:
         check=True,
         timeout=120,
     )
-    assert done.stdout.strip() == "needs Horovod"
+    assert "launch/build_horovod.sh" in done.stdout

@@ -115,7 +115,7 @@ def qoda_step_sizes() -> list[list[float]]:
     model = nn.Linear(40, 40, bias=False)
     compressor = make_qoda(model, worker_norms=True)
     optimizer = hvd.DistributedOptimizer(
-        QODA(model.parameters(), lr=0.5, sum_over="workers", worker_norms=compressor.worker_norms),
+        QODA(model.parameters(), lr=0.5, sum_over="workers", gradient_scale=1.0, worker_norms=compressor.worker_norms),
         named_parameters=model.named_parameters(),
         compression=compressor,
     )

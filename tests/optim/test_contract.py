@@ -422,6 +422,12 @@ def test_sum_over_workers_needs_a_source(cls: type[QODA] | type[QGenX]) -> None:
 
 
 @pytest.mark.parametrize("cls", [QODA, QGenX])
+def test_sum_over_workers_needs_the_gradients_scale(cls: type[QODA] | type[QGenX]) -> None:
+    with pytest.raises(ConfigError, match="gradient_scale"):
+        cls(new_parameters(), sum_over="workers", worker_norms=lambda: WorkerNorms(2.0, 1.0, 1))
+
+
+@pytest.mark.parametrize("cls", [QODA, QGenX])
 def test_the_source_of_norms_survives_wrapping_and_loading_and_is_not_saved(cls: type[QODA] | type[QGenX]) -> None:
     parameters, calls = new_parameters(), []
 
@@ -429,7 +435,7 @@ def test_the_source_of_norms_survives_wrapping_and_loading_and_is_not_saved(cls:
         calls.append(len(calls))
         return WorkerNorms(2.0, 1.0, 1)
 
-    first = cls(parameters, sum_over="workers", worker_norms=source)
+    first = cls(parameters, sum_over="workers", gradient_scale=1.0, worker_norms=source)
     optimizer = cls(first.param_groups)
     advance(optimizer, parameters, first=0, count=2)
     saved = through_file(optimizer.state_dict())

@@ -1,5 +1,7 @@
 """The optimizers on monotone games: equal to the NumPy transcription, and as fast as the papers' rates say."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -23,10 +25,17 @@ TOLERANCE = {"rtol": 1e-11, "atol": 1e-12}
 def build(
     method: str, exchange: Exchange, sum_over: str = "mean", lr: float = 1.0, q_hat: float = 0.25
 ) -> QODA | QGenX:
-    source = exchange.worker_norms if sum_over == "workers" else None
+    options = sum_options(exchange, sum_over)
     if method == "qgenx":
-        return QGenX(exchange.parameters, lr, world_size=WORKERS, sum_over=sum_over, worker_norms=source)
-    return QODA(exchange.parameters, lr, rates=method, q_hat=q_hat, sum_over=sum_over, worker_norms=source)
+        return QGenX(exchange.parameters, lr, world_size=WORKERS, **options)
+    return QODA(exchange.parameters, lr, rates=method, q_hat=q_hat, **options)
+
+
+def sum_options(exchange: Exchange, sum_over: str) -> dict[str, Any]:
+    """Options of an optimizer whose gradients are the exchange's means."""
+    if sum_over == "mean":
+        return {"sum_over": sum_over}
+    return {"sum_over": sum_over, "worker_norms": exchange.worker_norms, "gradient_scale": 1.0}
 
 
 def residuals(method: str, sum_over: str, oracle: Oracle, exchanges: tuple[int, ...]) -> Vector:
@@ -89,11 +98,11 @@ def test_sum_over_workers_and_mean_are_equal_for_one_worker(method: str) -> None
     ends = []
     for sum_over in SUMS:
         exchange = Exchange(oracle, parameters_at(START))
-        source = exchange.worker_norms if sum_over == "workers" else None
+        options = sum_options(exchange, sum_over)
         if method == "qgenx":
-            optimizer = QGenX(exchange.parameters, sum_over=sum_over, worker_norms=source)
+            optimizer = QGenX(exchange.parameters, **options)
         else:
-            optimizer = QODA(exchange.parameters, rates=method, sum_over=sum_over, worker_norms=source)
+            optimizer = QODA(exchange.parameters, rates=method, **options)
         play(optimizer, exchange, 50)
         ends.append(point_of(exchange.parameters))
     np.testing.assert_allclose(ends[0], ends[1], **TOLERANCE)

@@ -19,7 +19,7 @@ SIZE = 2
 CASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "equal": (QODA, {"rates": "equal"}),
     "separated": (QODA, {"rates": "separated", "q_hat": 0.125}),
-    "workers": (QODA, {"sum_over": "workers"}),
+    "workers": (QODA, {"sum_over": "workers", "gradient_scale": 1.0}),
     "no_average": (QODA, {"average": False}),
     "qodadam": (QODAdam, {"weight_decay": 0.01}),
     "qgenx": (QGenX, {"world_size": SIZE}),

@@ -47,7 +47,7 @@ def test_worker_norms_are_asked_once_per_step() -> None:
         calls.append(1)
         return WorkerNorms(squared_norms=100.0, squared_changes=3.0, world_size=2)
 
-    optimizer = QGenX([p], world_size=2, sum_over="workers", worker_norms=source)
+    optimizer = QGenX([p], world_size=2, sum_over="workers", gradient_scale=1.0, worker_norms=source)
     p.grad = torch.ones_like(p)
     optimizer.extrapolate()
     assert not calls
@@ -87,7 +87,9 @@ def test_a_closure_after_extrapolate_is_called_once() -> None:
 
 def test_a_source_that_counts_other_workers_is_an_error() -> None:
     p = one_parameter(1.0)
-    optimizer = QGenX([p], world_size=4, sum_over="workers", worker_norms=lambda: WorkerNorms(1.0, 1.0, 2))
+    optimizer = QGenX(
+        [p], world_size=4, sum_over="workers", gradient_scale=1.0, worker_norms=lambda: WorkerNorms(1.0, 1.0, 2)
+    )
     p.grad = torch.ones_like(p)
     optimizer.extrapolate()
     with pytest.raises(ConfigError, match=r"world_size=4.*counts 2 workers"):

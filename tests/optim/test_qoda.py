@@ -127,7 +127,7 @@ def test_a_source_that_raises_leaves_everything_as_it_was() -> None:
     def source() -> WorkerNorms:
         raise RuntimeError("link down")
 
-    optimizer = QODA([p], sum_over="workers", worker_norms=source)
+    optimizer = QODA([p], sum_over="workers", worker_norms=source, gradient_scale=1.0)
     with pytest.raises(RuntimeError, match="link down"):
         step_with(optimizer, p, 1.0)
     assert p.item() == 1.0
