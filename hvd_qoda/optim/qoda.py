@@ -56,9 +56,9 @@ class QODA(DualAveragingOptimizer):
     worker_norms: for ``sum_over="workers"``, where the norms of the exchange just finished come from, called once per
     step. It belongs to the process: it is not part of ``state_dict()``, and loading keeps it.
     gradient_scale: for ``sum_over="workers"``, c, where ``p.grad`` is c times the mean of the vectors that were
-    exchanged (``op=Average``: 1; ``op=Sum``: K; gradients exchanged under a constant loss scale s and unscaled before the step:
-    1/s). The worker norms are multiplied by its square. Clipped gradients, or a loss scale that changes, have no such c:
-    use ``sum_over="mean"``.
+    exchanged (``op=Average``: 1; ``op=Sum``: K; gradients exchanged under a constant loss scale s and unscaled before
+    the step: 1/s). The worker norms are multiplied by its square. Clipped gradients, or a loss scale that changes, have
+    no such c: use ``sum_over="mean"``.
     average: keep the averaged iterate (one buffer more).
     sum_of_parts: where this process holds only a part of the model (ZeRO), adds up the processes' squared norms; called
     with this part's, on every process alike. Like ``worker_norms`` it belongs to the process.
