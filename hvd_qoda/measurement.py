@@ -30,8 +30,10 @@ _SMALLEST_BYTES = 2**10
 _LARGEST_BYTES = 2**23
 _GROWTHS = (16, 4)  # from one size to the next, the larger factor where time allows
 _ROUNDS = 3
+_FEWEST_ROUNDS = 2  # where time is short; one alone may have been disturbed
 _TOGETHER = 8  # collectives under way at the same time, to see what each further one costs
 _BUDGET_S = 0.8
+_LONGEST_S = 1.0
 _CODEC_ELEMENTS = (4096, 2**19)
 _CODEC_ROUNDS = 5
 _CODEC_MESSAGES = 4
@@ -172,7 +174,8 @@ def _measure_kind(transport: Transport, kind: _Kind, largest: int, budget_s: flo
 def _next_size(times: Mapping[int, float], largest: int, left_s: float) -> tuple[int, int] | None:
     """The next larger size and how many rounds of it there is time for; None where there is none.
 
-    A second size is always measured.
+    A second size is always measured, and a third one if it is expected to take less than a second: times of small ones
+    say little about the bandwidth.
     """
     smallest, before = min(times), max(times)
     if before >= largest:
@@ -183,8 +186,8 @@ def _next_size(times: Mapping[int, float], largest: int, left_s: float) -> tuple
     for growth in _GROWTHS:
         sent = min(before * growth, largest)
         expected = times[before] + (sent - before) * slope
-        if expected < left_s:
-            return sent, _ROUNDS if _ROUNDS * expected < left_s else 1
+        if expected < (_LONGEST_S if len(times) == 2 else left_s):
+            return sent, _ROUNDS if _ROUNDS * expected < left_s else _FEWEST_ROUNDS
     return None
 
 

@@ -65,13 +65,16 @@ class Candidate:
         return {"name": self.name, "schemes": dict(self.schemes), "predicted_s": self.predicted_s}
 
 
-def candidates(messages: Mapping[str, MessagePlan], costs: Costs, schemes: Sequence[str]) -> list[Candidate]:
+def candidates(
+    messages: Mapping[str, MessagePlan], costs: Costs, schemes: Sequence[str], mixed: bool = True
+) -> list[Candidate]:
     """The ways worth trying, best prediction first; "off" is always among them.
 
     Args:
         messages: plans by name.
         costs: as measured.
         schemes: which ones are allowed, "off" included.
+        mixed: whether different messages may have different schemes.
     """
     usable = costs.ranks.schemes if messages and costs.ranks.size > 1 else ("off",)
     schemes = [scheme for scheme in schemes if scheme in usable]
@@ -85,7 +88,7 @@ def candidates(messages: Mapping[str, MessagePlan], costs: Costs, schemes: Seque
 
     cheapest = {name: min(schemes, key=partial(share, layout)) for name, layout in layouts.items()}
     found = [_candidate(scheme, dict.fromkeys(layouts, scheme), layouts, costs) for scheme in schemes]
-    if len(set(cheapest.values())) > 1:
+    if mixed and len(set(cheapest.values())) > 1:
         found.append(_candidate("mixed", cheapest, layouts, costs))
     found.sort(key=lambda candidate: candidate.predicted_s)
     close = [c for c in found if c.predicted_s <= _CLOSE * found[0].predicted_s][:_MOST_CANDIDATES]
@@ -123,6 +126,7 @@ class SchemeChoice:
         transport: Transport,
         messages: Callable[[], Mapping[str, MessagePlan]],
         measure: Callable[[], Costs],
+        mixed: bool = True,
     ) -> str | None:
         """To be called on all ranks where a step begins; in some steps a collective call that waits.
 
@@ -130,13 +134,14 @@ class SchemeChoice:
             transport: the ranks.
             messages: gives the plans of what is to be exchanged, by name; asked where a choice is to be made.
             measure: measures link and codec, the same on every rank; likewise.
+            mixed: whether different messages may have different schemes.
 
         Returns:
             Where the schemes may have changed, one sentence that says why; else None.
         """
         now = self._clock()
         if self._ranks is None or self._ranks.size != transport.size:
-            return self._predict(messages(), measure())
+            return self._predict(candidates(messages(), costs := measure(), self._schemes, mixed), costs.ranks)
         self._count += 1
         if self._began is not None and self._count > self._check_at:
             self._times.setdefault(self._current, []).append(now - self._began)
@@ -150,8 +155,8 @@ class SchemeChoice:
         return self._decide(transport)
 
     def scheme_for(self, message: str) -> str:
-        """The scheme of a message in the step under way."""
-        return self._candidates[self._current].schemes[message]
+        """The scheme of a message in the step under way; "off" for one that was not there when the choice was made."""
+        return self._candidates[self._current].schemes.get(message, "off")
 
     @property
     def chosen(self) -> Candidate | None:
@@ -187,9 +192,9 @@ class SchemeChoice:
         if self._check_at <= self._count:
             self._check_at = self._count + 1
 
-    def _predict(self, messages: Mapping[str, MessagePlan], costs: Costs) -> str:
-        self._ranks = costs.ranks
-        self._candidates = candidates(messages, costs, self._schemes)
+    def _predict(self, found: list[Candidate], ranks: Ranks) -> str:
+        self._ranks = ranks
+        self._candidates = found
         self._current = self._best = 0
         self._count, self._check_at = 0, _FIRST_TRIAL
         self._began, self._times = self._clock(), {}

@@ -48,7 +48,7 @@ class ParameterRoutes:
 
     def begin_step(self) -> None:
         """Begin a step; see `World.begin_step`. Routes may change."""
-        self._world.begin_step(self._messages)
+        self._world.begin_step(self._messages, mixed=True)
 
     def of(self, name: str, dtype: torch.dtype) -> Route:
         """How a parameter's gradients of this dtype travel in the step under way."""

@@ -48,28 +48,44 @@ class World:
         """Whether the process set has not changed since."""
         return self.transport.identity == HorovodTransport(self._process_set).identity
 
-    def begin_step(self, messages: Callable[[], Mapping[str, MessagePlan]] | None = None) -> bool:
-        """Begin a step of the session, with a roll call; see `Session.begin_step`.
+    def begin_step(self, messages: Callable[[], Mapping[str, MessagePlan]], mixed: bool) -> None:
+        """Begin a step of the session, with a roll call; see `Session.begin_step`. The scheme may change.
 
         Args:
-            messages: gives the plans of what can be exchanged quantized, by name, where schemes are to be chosen; None
-                for a route that does not choose.
-
-        Returns:
-            Whether schemes may have changed.
+            messages: gives the plans of what can be exchanged quantized, by name, where schemes are to be chosen.
+            mixed: whether different messages may have different schemes.
         """
         session = self._session
         if session.begin_step(self.transport, self.transport.require_roll_call):
             self._use_codebooks(session.registry.codebooks)
+<<<<<<< HEAD
         self.know_hosts()
         said = None
         if session.choice is not None and messages is not None:
             said = session.choice.begin_step(self.transport, messages, lambda: self._measure(messages()))
         if said is not None:
             session.note(said)
+=======
+        if self._hosts is None and session.config.exchange in ("auto", "hierarchical"):
+            self._hosts = gather_hosts(self.transport, f"{session.name}.hosts")
+        if session.choice is not None:
+            said = session.choice.begin_step(self.transport, messages, lambda: self._measure(messages()), mixed)
+            if said is not None:
+                session.note(said)
+>>>>>>> d62f6f0 (exchange=auto, off and hierarchical in fusion buffers of the overlapping route; the link's third size is always measured, twice)
         if self._early_roll_call:
             self.transport.begin_roll_call()
-        return said is not None
+
+    @property
+    def common_scheme(self) -> str:
+        """The scheme of all messages in this step; "off" as long as nothing has been agreed upon or measured."""
+        choice = self._session.choice
+        scheme: str = self._session.config.exchange
+        if choice is not None:
+            scheme = "off" if choice.chosen is None else choice.chosen.name
+        if scheme == "mixed":  # saved by a route with a scheme for each message
+            return "by_bytes"
+        return "off" if scheme == "hierarchical" and self._hosts is None else scheme
 
     def know_hosts(self) -> None:
         """Find out which ranks share a host, if a scheme needs it; a collective call that waits, once."""
@@ -81,15 +97,16 @@ class World:
         choice = self._session.choice
         return self._session.config.exchange if choice is None else choice.scheme_for(message)
 
-    def new_exchange(self, plan: MessagePlan, name: str, scheme: str | None = None) -> Exchange:
+    def new_exchange(self, plan: MessagePlan, name: str, scheme: str) -> Exchange:
         """An exchange of this plan, which follows the session's codebooks.
 
         Args:
             plan: layout of the tensors.
             name: added to the session's.
-            scheme: a quantized one, or "by_bytes"; None for the configured one, and "by_bytes" where that is "auto".
+            scheme: a quantized one, or "by_bytes".
         """
         session = self._session
+<<<<<<< HEAD
         if scheme is None:
             scheme = "by_bytes" if session.config.exchange == "auto" else session.config.exchange
         own_name = f"{session.name}.{name}.{scheme}"
@@ -98,6 +115,8 @@ class World:
             first = session.registry.first_codebooks
             slices = [segment.slice for segment in plan.segments]
             scheme = exchange_by_bytes(MessagePlan.build(slices, first), first, self.transport.size)
+=======
+>>>>>>> d62f6f0 (exchange=auto, off and hierarchical in fusion buffers of the overlapping route; the link's third size is always measured, twice)
         exchange = make_exchange(
             scheme,
             plan,

@@ -1,4 +1,4 @@
-"""exchange="auto" and "off" under the stock optimizer, with real ranks."""
+"""exchange="auto" and "off" under Horovod's optimizer and under ours, with real ranks."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 
+import hvd_qoda
 from hvd_qoda import scheme_choice
 from hvd_qoda.errors import RankMismatchError
 from hvd_qoda.telemetry import Telemetry
@@ -26,16 +27,23 @@ from tests.launcher import RankPool
 UPDATES = {"at": (4, 9), "every": None, "samples": 3}
 
 
-def new_run(telemetry: Telemetry | None = None, **keywords: Any) -> tuple[Any, Any, Any]:
+SMALL_MB = 0.02  # some fusion buffers for a small model
+
+
+def new_run(overlaps: bool, telemetry: Telemetry | None = None, **keywords: Any) -> tuple[Any, Any, Any]:
+    """Model, compressor and optimizer: Horovod's, or ours that sends gradients in fusion buffers."""
     model = make_model()
-    compressor = make_qoda(model, telemetry=telemetry, update_levels=UPDATES, **keywords)
-    return model, compressor, make_optimizer(model, compressor, torch.optim.Adam, lr=0.01)
+    compressor = make_qoda(model, telemetry=telemetry, update_levels=UPDATES, fusion_buffer_mb=SMALL_MB, **keywords)
+    if not overlaps:
+        return model, compressor, make_optimizer(model, compressor, torch.optim.Adam, lr=0.01)
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    return model, compressor, hvd_qoda.DistributedOptimizer(adam, model.named_parameters(), compressor, model=model)
 
 
-def auto() -> tuple[list[bytes], str, list[str | None]]:
+def auto(overlaps: bool) -> tuple[list[bytes], str, list[str | None]]:
     sink = ListSink()
     with Telemetry([sink], rank=hvd.rank()) as telemetry:
-        model, compressor, optimizer = new_run(telemetry, exchange="auto")
+        model, compressor, optimizer = new_run(overlaps, telemetry, exchange="auto")
         losses = train(model, optimizer, range(26))
     assert losses[-1] < losses[0]
     assert compressor.registry.version == 2  # levels adapt while gradients travel as they are, too
@@ -45,9 +53,11 @@ def auto() -> tuple[list[bytes], str, list[str | None]]:
     return bits_of(model.parameters()), choice, [record.note for record in sink.records]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_all_ranks_choose_and_switch_together(two_ranks: RankPool, four_ranks: RankPool, size: int) -> None:
-    results = (two_ranks if size == 2 else four_ranks).run(auto)
+@pytest.mark.parametrize(("size", "overlaps"), [(2, False), (4, False), (4, True)])
+def test_all_ranks_choose_and_switch_together(
+    two_ranks: RankPool, four_ranks: RankPool, size: int, overlaps: bool
+) -> None:
+    results = (two_ranks if size == 2 else four_ranks).run(auto, overlaps)
     _, choice, notes = results[0]
     for other in results[1:]:
         assert other == results[0]
@@ -58,8 +68,8 @@ def test_all_ranks_choose_and_switch_together(two_ranks: RankPool, four_ranks: R
         assert any("steps have taken" in (note or "") for note in notes)
 
 
-def off_is_horovods_own() -> None:
-    model, compressor, optimizer = new_run(exchange="off", worker_norms=True)
+def off_is_horovods_own(overlaps: bool) -> None:
+    model, compressor, optimizer = new_run(overlaps, exchange="off", worker_norms=True)
     train(model, optimizer, range(6))
     plain = make_model()
     train(plain, make_optimizer(plain, hvd.Compression.none, torch.optim.Adam, lr=0.01), range(6))
@@ -69,8 +79,9 @@ def off_is_horovods_own() -> None:
     assert compressor.worker_norms().squared_norms > 0
 
 
-def test_off_gives_the_bits_of_plain_horovod(two_ranks: RankPool) -> None:
-    two_ranks.run(off_is_horovods_own)
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_off_gives_the_bits_of_plain_horovod(two_ranks: RankPool, overlaps: bool) -> None:
+    two_ranks.run(off_is_horovods_own, overlaps)
 
 
 def off_in_bfloat16() -> list[bytes]:
@@ -93,17 +104,17 @@ def test_off_carries_what_horovod_cannot_reduce_exactly(two_ranks: RankPool) -> 
     assert results[0] == results[1]
 
 
-def resumed(cut: int) -> None:
+def resumed(overlaps: bool, cut: int) -> None:
     """The bits of the uninterrupted run, from its own state: another run might choose otherwise."""
     before, scheme_choice._FIRST_TRIAL = scheme_choice._FIRST_TRIAL, 1000
     try:
-        model, compressor, optimizer = new_run(exchange="auto")
+        model, compressor, optimizer = new_run(overlaps, exchange="auto", worker_norms=True)
         train(model, optimizer, range(cut))
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), compressor.state_dict()))
         train(model, optimizer, range(cut, 11))
         expected = bits_of(model.parameters())
         choice = compressor.state_dict()["choice"]
-        model, compressor, optimizer = new_run(exchange="auto")
+        model, compressor, optimizer = new_run(overlaps, exchange="auto", worker_norms=True)
         for part, state in zip((model, optimizer, compressor), saved, strict=True):
             part.load_state_dict(state)
         train(model, optimizer, range(cut, 11))
@@ -113,12 +124,13 @@ def resumed(cut: int) -> None:
         scheme_choice._FIRST_TRIAL = before
 
 
-def test_a_resumed_run_keeps_the_choice(two_ranks: RankPool) -> None:
-    two_ranks.run(resumed, 3)
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_resumed_run_keeps_the_choice(two_ranks: RankPool, overlaps: bool) -> None:
+    two_ranks.run(resumed, overlaps, 3)
 
 
 def other_choice_on_rank_one() -> str:
-    model, compressor, optimizer = new_run(exchange="auto")
+    model, compressor, optimizer = new_run(False, exchange="auto")
     train(model, optimizer, range(2))
     state = copy.deepcopy(compressor.state_dict())
     if hvd.rank() == 1:

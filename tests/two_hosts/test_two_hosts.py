@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 hvd = pytest.importorskip("horovod.torch", reason="needs Horovod: build it with launch/build_horovod.sh")
 
+import hvd_qoda  # noqa: E402
 from hvd_qoda.errors import UnsupportedError  # noqa: E402
 from hvd_qoda.hosts import Hosts  # noqa: E402
 from tests.horovod.training import (  # noqa: E402
@@ -55,6 +57,22 @@ def hierarchical() -> list[bytes]:
 
 def test_hierarchical_on_two_hosts_is_what_it_is_by_definition(two_hosts: RankPool) -> None:
     results = two_hosts.run(hierarchical)
+    assert all(result == results[0] for result in results)
+
+
+def overlapping() -> list[bytes]:
+    model = make_model()
+    compressor = make_qoda(model, exchange="hierarchical", fusion_buffer_mb=0.02)
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = hvd_qoda.DistributedOptimizer(adam, model.named_parameters(), compressor, model=model)
+    losses = train(model, optimizer, range(12))
+    assert losses[-1] < losses[0]
+    assert compressor.traffic.calls["all_to_all"] > 12
+    return bits_of(model.parameters())
+
+
+def test_hierarchical_in_fusion_buffers(two_hosts: RankPool) -> None:
+    results = two_hosts.run(overlapping)
     assert all(result == results[0] for result in results)
 
 
