@@ -46,7 +46,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     with launched_ranks() as transport:
         ranks = LocalTransport() if transport is None else transport
         codec = measure_codec(fitted_codebook(options.bits), ranks, threads)
-        hosts = {"horovod": _horovod(), "deepspeed": _deepspeed()}
+        # One rank speaks for all.
+        hosts = {"horovod": _horovod(), "deepspeed": _deepspeed()} if ranks.rank == 0 else {}
         found: dict[str, Any] = {
             "hvd_qoda": __version__,
             "wire_version": WIRE_VERSION,

@@ -77,8 +77,11 @@ def measure_link(
         name: what the names of its collectives begin with; the same on every rank.
 
     Returns:
-        The same numbers on every rank.
+        The same numbers on every rank; zeros for a rank alone, which sends nothing.
     """
+    if transport.size == 1:
+        nothing = CollectiveCost(0.0, 0.0)
+        return Link(nothing, nothing, nothing)
     kinds = _kinds(transport, hosts, torch.device("cpu") if device is None else device)
     largest = min(max(largest_bytes, _GROWTHS[0] * _SMALLEST_BYTES), _LARGEST_BYTES)
     costs = {

@@ -2,12 +2,15 @@
 
 import json
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
 from hvd_qoda import advise, check, cli, measurement
-from hvd_qoda.cost_model import CodecSpeed
+from hvd_qoda.cost_model import CodecSpeed, Link, Ranks
+from hvd_qoda.hosts import Hosts
+from hvd_qoda.transport import LocalTransport
 
 
 @pytest.fixture
@@ -42,6 +45,21 @@ def test_advise_predicts_every_size_bandwidth_and_number_of_ranks(
     assert fast["speedup"] == 1.0
     assert all(100.0 < cell["break_even_mbit"] < 100_000.0 for cell in cells.values())
     assert slow["break_even_mbit"] == fast["break_even_mbit"]
+
+
+def test_advise_says_what_is_best_where_it_is_launched(
+    codec: CodecSpeed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advise, "launched_ranks", lambda: nullcontext(LocalTransport()))
+    monkeypatch.setattr(advise, "measure_link", lambda transport, hosts: Link.of(Ranks(4, 2), 1e-4, 1e8))
+    monkeypatch.setattr(advise, "gather_hosts", lambda transport: Hosts((0, 0, 1, 1)))
+    assert cli.main(["advise", "--elements", "25000000", "--ranks", "2", "--mbit", "1000"]) == 0
+    text = capsys.readouterr().out
+    assert "Here: 4 ranks on 2 host(s), link measured" in text
+    here = run_json(capsys, "advise", "--elements", "25000000", "--ranks", "2", "--mbit", "1000")["here"]
+    assert here["schemes"] == ["off", "fp16", "allgather", "reduce_scatter", "hierarchical"]
+    (row,) = here["rows"]
+    assert row["scheme"] == min(set(here["schemes"]) - {"fp16"}, key=row["seconds"].get)
 
 
 def test_advise_prints_tables(codec: CodecSpeed, capsys: pytest.CaptureFixture[str]) -> None:

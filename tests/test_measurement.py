@@ -10,7 +10,7 @@ from hvd_qoda.cost_model import Link, Ranks
 from hvd_qoda.errors import UnsupportedError
 from hvd_qoda.hosts import Hosts, SubgroupTransport, gather_hosts
 from hvd_qoda.measurement import measure_codec, measure_link
-from hvd_qoda.transport import Handle, all_gather_bytes
+from hvd_qoda.transport import Handle, LocalTransport, all_gather_bytes
 from qoda_kernels.codebook import Codebook
 from tests.in_memory_transport import InMemoryGroup, InMemoryTransport
 
@@ -77,6 +77,12 @@ def test_a_link_of_known_speed_is_recovered_and_equal_on_all_ranks() -> None:
         assert 0.002 < cost.fixed_s < 0.02
         assert cost.each_s < 0.003  # these overlap fully
     assert links[0].within_host is None
+
+
+def test_a_rank_alone_has_nothing_to_measure() -> None:
+    link = measure_link(LocalTransport(), Hosts((0,)))
+    assert link.all_reduce.seconds(1e9) == 0.0
+    assert link.within_host is None
 
 
 def test_large_sizes_are_left_out_where_they_take_too_long() -> None:

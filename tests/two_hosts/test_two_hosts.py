@@ -126,15 +126,11 @@ def test_hosts_with_unequal_numbers_of_ranks_are_refused(two_hosts: RankPool) ->
     two_hosts.run(unequal_hosts)
 
 
-def test_check_and_advise_measure_the_link_where_they_are_launched() -> None:
-    for command in ("check", "advise"):
-        outcome = horovodrun([sys.executable, "-m", "hvd_qoda.cli", command, "--json"], 2)
-        assert outcome.returncode == 0, outcome.stdout
-        text = re.sub(r"(?m)^\[\d+\]<std(out|err)>:", "", outcome.stdout)  # what horovodrun puts before every line
-        found = json.loads(text[text.index("{\n") : text.rindex("}") + 1])  # one rank speaks
-        if command == "check":
-            assert found["link"]["ranks_of_hosts"] == [2]
-            assert set(found["link"]["measured"]) == {"all_reduce", "all_gather", "all_to_all"}
-        else:
-            assert found["here"]["ranks"] == 2
-            assert found["here"]["rows"][0]["scheme"] in found["here"]["schemes"]
+def test_check_measures_the_link_where_it_is_launched() -> None:
+    outcome = horovodrun([sys.executable, "-m", "hvd_qoda.cli", "check", "--json"], 2)
+    assert outcome.returncode == 0, outcome.stdout
+    text = re.sub(r"(?m)^\[\d+\]<std(out|err)>:", "", outcome.stdout)  # what horovodrun puts before every line
+    found = json.loads(text[text.index("{\n") : text.rindex("}") + 1])  # one rank speaks
+    assert found["link"]["ranks_of_hosts"] == [2]
+    assert set(found["link"]["measured"]) == {"all_reduce", "all_gather", "all_to_all"}
+    assert found["hosts"]["horovod"]["problem"] is None
