@@ -154,6 +154,7 @@ def build_optimizer(
     built.backward_passes_per_step = backward_passes_per_step
     session = compressor.session
     names = {id(parameter): name for name, parameter in session.parameters.items()}
+    built._parameter_names = {p: names[id(p)] for p in parameters if id(p) in names}  # programs look at Horovod's, too
     sparse = session.sparse_parameters | (frozenset() if model is None else _sparse_names(model, names))
     fusion = Fusion(
         (session.config.fusion_buffer_mb if fusion_buffer_mb is None else fusion_buffer_mb) * 2**20,

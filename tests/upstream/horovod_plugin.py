@@ -2,8 +2,8 @@
 
 - `hvd.DistributedOptimizer` is wrapped: every optimizer made without `compression` quantizes all of its parameters,
   small ones and biases included, at the bits and by the exchange that the environment variables below say (no exchange:
-  nothing is wrapped). At the end the number of steps that went through our compressor is printed, so that a test cannot
-  pass by not using it.
+  nothing is wrapped), under Horovod's optimizer or ours. At the end the number of steps that went through our
+  compressor is printed, so that a test cannot pass by not using it.
 - The package `mock`, which Horovod's helpers import, is Python's own `unittest.mock`.
 - `torch.optim.Muon` is hidden: it takes matrices only, which breaks Horovod's loops over all optimizers.
 """
@@ -18,9 +18,11 @@ import horovod.torch as hvd
 import torch
 
 from hvd_qoda.compression import Compression
+from hvd_qoda.distributed_optimizer import DistributedOptimizer
 from hvd_qoda.horovod import QodaCompressor
 
 BITS_VARIABLE, EXCHANGE_VARIABLE = "HVD_QODA_UPSTREAM_BITS", "HVD_QODA_UPSTREAM_EXCHANGE"
+ROUTE_VARIABLE = "HVD_QODA_UPSTREAM_ROUTE"  # "stock" or "overlap"
 
 _made: list[QodaCompressor] = []
 _original = hvd.DistributedOptimizer
@@ -42,6 +44,8 @@ def _with_our_compressor(optimizer: Any, named_parameters: Any = None, compressi
                 exchange=os.environ[EXCHANGE_VARIABLE],
             )
             _made.append(compression)
+        if os.environ.get(ROUTE_VARIABLE) == "overlap" and compression in _made:
+            return DistributedOptimizer(optimizer, named, compression, **options)
     return _original(optimizer, named_parameters=named, compression=compression, **options)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.launcher import horovodrun
-from tests.upstream.horovod_plugin import BITS_VARIABLE, EXCHANGE_VARIABLE
+from tests.upstream.horovod_plugin import BITS_VARIABLE, EXCHANGE_VARIABLE, ROUTE_VARIABLE
 
 TESTS = (
     "test_force_allreduce",
@@ -39,7 +39,9 @@ TESTS = (
 PLUGIN = "tests.upstream.horovod_plugin"
 
 
-def run_test(name: str, checkout: Path, size: int, exchange: str | None, bits: int, timeout: float) -> dict[str, Any]:
+def run_test(
+    name: str, checkout: Path, size: int, exchange: str | None, route: str, bits: int, timeout: float
+) -> dict[str, Any]:
     """Run one test; returns its outcome on every rank, and what went through the compressor.
 
     Args:
@@ -47,13 +49,14 @@ def run_test(name: str, checkout: Path, size: int, exchange: str | None, bits: i
         checkout: root of a checkout of Horovod.
         size: number of ranks.
         exchange: of the compressor; None for no compressor.
+        route: "stock" for Horovod's optimizer, "overlap" for ours.
         bits: of the compressor.
         timeout: seconds.
     """
     path = checkout.resolve() / "test" / "parallel" / "test_torch.py"
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", PLUGIN]
     command += ["--rootdir", str(checkout.resolve()), f"{path}::TorchTests::{name}"]
-    environment = {BITS_VARIABLE: str(bits), EXCHANGE_VARIABLE: exchange or ""}
+    environment = {BITS_VARIABLE: str(bits), EXCHANGE_VARIABLE: exchange or "", ROUTE_VARIABLE: route}
     begin = time.monotonic()
     done = horovodrun(command, size, timeout, environment)
     passed = len(re.findall(r"\b1 passed", done.stdout))
@@ -74,6 +77,7 @@ def main() -> int:
     parser.add_argument("checkout", type=Path, help="root of a checkout of Horovod")
     parser.add_argument("--size", type=int, default=2, help="number of ranks (default 2)")
     parser.add_argument("--exchange", default="by_bytes", choices=["auto", "allgather", "reduce_scatter", "by_bytes"])
+    parser.add_argument("--route", default="stock", choices=["stock", "overlap"], help="whose optimizer exchanges")
     parser.add_argument("--bits", type=int, default=5, help="bits of the compressor (default 5)")
     parser.add_argument("--plain", action="store_true", help="run the tests without our compressor")
     parser.add_argument(
@@ -85,7 +89,8 @@ def main() -> int:
     results = []
     for name in arguments.only:
         exchange = None if arguments.plain else arguments.exchange
-        result = run_test(name, arguments.checkout, arguments.size, exchange, arguments.bits, arguments.timeout)
+        options = (exchange, arguments.route, arguments.bits, arguments.timeout)
+        result = run_test(name, arguments.checkout, arguments.size, *options)
         results.append(result)
         word = "passed" if result["passed"] else "skipped" if result["skipped"] else "FAILED"
         print(
