@@ -11,7 +11,7 @@ from qoda_kernels.codebook import Codebook
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.registry import COMPRESSIBLE_DTYPES, CodebookRegistry, ParameterEntry
 
-__all__ = ["Gradient", "Parcels", "exact_parcels", "fill_buffers", "parcels_of", "split_evenly", "with_groups"]
+__all__ = ["Gradient", "Parcels", "fill_buffers", "parcels_of", "split_evenly", "with_groups"]
 
 _WORTH_A_COLLECTIVE_BYTES = 2**16  # half a millisecond at 1 Gbit/s
 
@@ -123,25 +123,6 @@ def parcels_of(gradients: Sequence[Gradient], registry: CodebookRegistry, size: 
     ]
     books = registry.codebooks if quantize else dict.fromkeys(registry.codebooks, Codebook.exact())
     return Parcels(MessagePlan.build(slices, books) if slices else None, by_host)
-
-
-def exact_parcels(gradients: Sequence[Gradient], registry: CodebookRegistry) -> Parcels:
-    """How the gradients of one fusion buffer travel if none is quantized: by the host, whatever it can reduce.
-
-    Args:
-        gradients: in order, none of them empty.
-        registry: names the codebooks; the plan is to be used with exact ones.
-    """
-    by_host: dict[torch.dtype, tuple[str, ...]] = {}
-    for gradient in gradients:
-        if gradient.dtype != torch.bfloat16:
-            by_host[gradient.dtype] = (*by_host.get(gradient.dtype, ()), gradient.entry.name)
-    slices = [
-        Slice(g.entry.name, 0, g.entry.numel, g.dtype, g.entry.codebook, g.entry.offset)
-        for g in gradients
-        if g.dtype == torch.bfloat16
-    ]
-    return Parcels(MessagePlan.build(slices, registry.codebooks) if slices else None, by_host)
 
 
 def _is_quantized(gradient: Gradient, registry: CodebookRegistry) -> bool:

@@ -90,7 +90,6 @@ class Message:
         self._reduction = reduction
         self._parameters = [session.parameters[name] for name in names]
         self._costs = _costs(exchange, world.transport.size)
-        self._is_exact = all(segment.format.is_exact for segment in exchange.plan.segments)
         self._gradients: list[torch.Tensor] = []
 
     def start(self) -> None:
@@ -100,13 +99,8 @@ class Message:
         self.exchange.start(values, self._session.stamp)
         self._world.pending.add(self.exchange)
         self._session.observe(self._key, self.exchange, values)
-<<<<<<< HEAD
         for key, coordinates, raw_bytes, sent_bytes, exact in self._costs:
             self._session.account(key, coordinates, raw_bytes, sent_bytes, exact)
-=======
-        for key, coordinates, raw_bytes, sent_bytes in self._costs:
-            self._session.account(key, coordinates, raw_bytes, sent_bytes, exact=self._is_exact)
->>>>>>> d62f6f0 (exchange=auto, off and hierarchical in fusion buffers of the overlapping route; the link's third size is always measured, twice)
 
     def finish(self) -> None:
         """See `Parcel`."""

@@ -28,7 +28,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from hvd_qoda.errors import QodaError, UnsupportedError
 from hvd_qoda.exchange import Exchange
-from hvd_qoda.fusion import Gradient, exact_parcels, fill_buffers, parcels_of, split_evenly, with_groups
+from hvd_qoda.fusion import Gradient, fill_buffers, parcels_of, split_evenly, with_groups
 from hvd_qoda.horovod.fusion_buffers import FusionBuffer, HostReduction, Message, Parcel, Reduction, SparseGather
 from hvd_qoda.horovod.transport import HorovodTransport
 from hvd_qoda.horovod.world import World
@@ -89,11 +89,8 @@ class GradientExchange:
         self._hooked: dict[str, torch.dtype] = {}  # parameters with a hook, by the dtype that buffers were made for
         self._world: World | None = None
         self._buffers: list[FusionBuffer] = []
-<<<<<<< HEAD
         self._buffer_of: dict[str, FusionBuffer] = {}
-=======
         self._scheme = "off"  # of all buffers
->>>>>>> d62f6f0 (exchange=auto, off and hierarchical in fusion buffers of the overlapping route; the link's third size is always measured, twice)
         self._in_step = False
         self._out_of_date = False  # whether buffers must be made anew
         self._started = 0  # buffers started in this step
@@ -245,7 +242,8 @@ class GradientExchange:
         world = self._connected()
         world.begin_step(self._messages, mixed=False)
         if world.common_scheme != self._scheme:
-            self._fill_anew(world)
+            world.forget_exchanges()
+            self._make_buffers(world)
         self._in_step = True
         return world
 
@@ -302,38 +300,16 @@ class GradientExchange:
             self._world, self._buffers = None, []
         if self._world is None:
             self._world = World(self._session, self._reduction.process_set, early_roll_call=True)
-<<<<<<< HEAD
-            self._world.know_hosts()
             self._make_buffers(self._world)
-=======
-            self._scheme = self._world.common_scheme
-            self._buffers = self._new_buffers(self._world)
-            self._out_of_date = False
->>>>>>> d62f6f0 (exchange=auto, off and hierarchical in fusion buffers of the overlapping route; the link's third size is always measured, twice)
         return self._world
 
     def _regroup(self) -> None:
         """Make other buffers for the steps to come."""
         if self._world is None:
             return
-<<<<<<< HEAD
         self._world.forget_exchanges()
         self._make_buffers(self._world)
         self._session.agree_anew()
-
-    def _make_buffers(self, world: World) -> None:
-        self._buffers = [
-=======
-        self._out_of_date = False
-        self._fill_anew(self._world)
-        self._session.agree_anew()
-
-    def _fill_anew(self, world: World) -> None:
-        """Make buffers anew, with the scheme of today."""
-        world.forget_exchanges()
-        self._scheme = world.common_scheme
-        self._buffers = self._new_buffers(world)
-        self._session.regroup_vectors(self._contents)
 
     def _messages(self) -> dict[str, MessagePlan]:
         """The plans of the buffers, as far as they can be quantized."""
@@ -351,9 +327,10 @@ class GradientExchange:
     def _travels_sparse(self, names: Sequence[str]) -> bool:
         return not self._fusion.sparse_as_dense and names[0] in self._fusion.sparse
 
-    def _new_buffers(self, world: World) -> list[FusionBuffer]:
-        return [
->>>>>>> d62f6f0 (exchange=auto, off and hierarchical in fusion buffers of the overlapping route; the link's third size is always measured, twice)
+    def _make_buffers(self, world: World) -> None:
+        """Make the buffers, with the scheme of today."""
+        self._scheme = world.common_scheme
+        self._buffers = [
             FusionBuffer(names, self._new_parcels(number, names, world))
             for number, names in enumerate(self._fused_names())
         ]
@@ -389,26 +366,15 @@ class GradientExchange:
         names = list(names)
         if self._travels_sparse(names):
             return [SparseGather(names[0], session, world, reduction)]
-<<<<<<< HEAD
-        gradients = [Gradient(session.registry.parameters[name], self._hooked[name]) for name in names]
-        scheme = session.config.exchange
-        ways = parcels_of(gradients, session.registry, world.transport.size, quantize=scheme != "off")
+        off = self._scheme == "off"
+        ways = parcels_of(self._gradients(names), session.registry, world.transport.size, quantize=not off)
         parcels: list[Parcel] = []
         if ways.plan is not None:
-            exact = all(segment.format.is_exact for segment in ways.plan.segments)
-            make = world.new_exact_exchange if exact else world.new_exchange
-            exchange = make(ways.plan, f"buffer.{number}")
-=======
-        gradients, off = self._gradients(names), self._scheme == "off"
-        size = world.transport.size
-        ways = exact_parcels(gradients, session.registry) if off else parcels_of(gradients, session.registry, size)
-        parcels: list[Parcel] = []
-        if ways.plan is not None:
-            name = f"buffer.{number}"
+            exact = off or all(segment.format.is_exact for segment in ways.plan.segments)
+            key = f"buffer.{number}"
             exchange = (
-                world.new_exact_exchange(ways.plan, name) if off else world.new_exchange(ways.plan, name, self._scheme)
+                world.new_exact_exchange(ways.plan, key) if exact else world.new_exchange(ways.plan, key, self._scheme)
             )
->>>>>>> d62f6f0 (exchange=auto, off and hierarchical in fusion buffers of the overlapping route; the link's third size is always measured, twice)
             parcels.append(Message(f"buffer {number}", exchange, session, world, reduction))
         for dtype, reduced in ways.by_host.items():
             kind = str(dtype).removeprefix("torch.")

@@ -58,21 +58,11 @@ class World:
         session = self._session
         if session.begin_step(self.transport, self.transport.require_roll_call):
             self._use_codebooks(session.registry.codebooks)
-<<<<<<< HEAD
         self.know_hosts()
-        said = None
-        if session.choice is not None and messages is not None:
-            said = session.choice.begin_step(self.transport, messages, lambda: self._measure(messages()))
-        if said is not None:
-            session.note(said)
-=======
-        if self._hosts is None and session.config.exchange in ("auto", "hierarchical"):
-            self._hosts = gather_hosts(self.transport, f"{session.name}.hosts")
         if session.choice is not None:
             said = session.choice.begin_step(self.transport, messages, lambda: self._measure(messages()), mixed)
             if said is not None:
                 session.note(said)
->>>>>>> d62f6f0 (exchange=auto, off and hierarchical in fusion buffers of the overlapping route; the link's third size is always measured, twice)
         if self._early_roll_call:
             self.transport.begin_roll_call()
 
@@ -106,17 +96,12 @@ class World:
             scheme: a quantized one, or "by_bytes".
         """
         session = self._session
-<<<<<<< HEAD
-        if scheme is None:
-            scheme = "by_bytes" if session.config.exchange == "auto" else session.config.exchange
         own_name = f"{session.name}.{name}.{scheme}"
         if scheme == "by_bytes":
             # By the widths that training started with: ranks may meet a parameter first at different steps.
             first = session.registry.first_codebooks
             slices = [segment.slice for segment in plan.segments]
             scheme = exchange_by_bytes(MessagePlan.build(slices, first), first, self.transport.size)
-=======
->>>>>>> d62f6f0 (exchange=auto, off and hierarchical in fusion buffers of the overlapping route; the link's third size is always measured, twice)
         exchange = make_exchange(
             scheme,
             plan,
