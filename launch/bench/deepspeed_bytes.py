@@ -57,14 +57,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--processes", type=positive, nargs="+", default=[2, 4], help="numbers of processes")
     parser.add_argument("--stages", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3], help="ZeRO stages")
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="of the gradients"
+    )
     parser.add_argument("--bits", type=int, choices=range(2, 9), default=5, help="of the compressed runs")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="runs of each kind")
     parser.add_argument("--seed", type=not_negative, default=0, help="the first of the seeds; the others follow it")
     parser.add_argument("--steps", type=positive, default=60, help=f"of each run, at least {_WARM_UP + _MEASURED}")
     parser.add_argument("--width", type=positive, default=128, help="of the Transformer")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="for each number of processes")
-    parser.add_argument("--json", type=Path, metavar="PATH", default=_RESULTS, help="where the records go")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="records; None: launch/results/deepspeed.json")
     parser.add_argument("--add", action="store_true", help="keep the file's records of other cases")
     parser.add_argument("--worker", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -281,13 +283,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for size in options.processes:
         found = without_floor(records_of(size, options))
         records += [{**record, "parameters_width": options.width, "command": command} for record in found]
-    if options.add and options.json.is_file():
+    path = options.json or _RESULTS
+    if options.add and path.is_file():
         new = {_identity(record) for record in records}
-        kept = json.loads(options.json.read_text())
+        kept = json.loads(path.read_text())
         records = [record for record in kept if _identity(record) not in new] + records
     records.sort(key=_identity)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(records, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(records, indent=1) + "\n")
     show(records)
     return 0 if all(record["replicas_identical"] for record in records) else 1
 

@@ -57,10 +57,10 @@ def test_every_option_is_explained_and_its_default_shown(program: str, monkeypat
     assert {"--json", "--seed", "--help"} <= options
     unexplained = [action.option_strings for action in parser._actions if not action.help or len(action.help) < 10]
     assert unexplained == []
-    shown = re.sub(r"\s+", " ", parser.format_help())
+    shown = re.sub(r"\s+", "", parser.format_help())
     for action in parser._actions:
         if action.default not in (None, argparse.SUPPRESS):
-            assert f"(default: {action.default})" in shown
+            assert re.sub(r"\s+", "", f"(default: {action.default})") in shown
 
 
 def test_defaults_of_the_training_program() -> None:
