@@ -67,12 +67,14 @@ class Result:
         exit_codes: of every rank; negative: killed by that signal.
         seconds: from the first rank's start to the last one's end.
         sent_bytes: that each host's interface has sent, packet headers included.
+        delayed_by: see `VirtualHosts.delayed_by`.
         output: lines of all ranks, each behind its rank in brackets.
     """
 
     exit_codes: tuple[int, ...]
     seconds: float
     sent_bytes: tuple[int, ...]
+    delayed_by: str | None
     output: str = ""
 
 
@@ -137,7 +139,8 @@ def run_job(job: Job, show: Callable[[str], None] | None = None) -> Result:
         found = json.loads(written.read_text())
     if "error" in found:
         raise SandboxError(found["error"])
-    return Result(tuple(found["exit_codes"]), found["seconds"], tuple(found["sent_bytes"]), "".join(lines))
+    sent = tuple(found["sent_bytes"])
+    return Result(tuple(found["exit_codes"]), found["seconds"], sent, found["delayed_by"], "".join(lines))
 
 
 def _unshare() -> list[str]:
@@ -185,7 +188,8 @@ def _run_ranks(job: Job, hosts: VirtualHosts) -> dict[str, Any]:
         sent = [after - first for after, first in zip(hosts.sent_bytes(), before, strict=True)]
     if late:
         raise SandboxError(f"the job did not end within {job.timeout_s:g} s; ranks {late} were still running")
-    return {"exit_codes": [rank.returncode for rank in ranks], "seconds": seconds, "sent_bytes": sent}
+    codes = [rank.returncode for rank in ranks]
+    return {"exit_codes": codes, "seconds": seconds, "sent_bytes": sent, "delayed_by": hosts.delayed_by}
 
 
 def _wait(ranks: Sequence["subprocess.Popen[str]"], timeout_s: float) -> list[int]:
@@ -284,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hosts", type=positive, default=2, help="number of hosts")
     parser.add_argument("--ranks-per-host", type=positive, default=1, help="ranks on every host")
     parser.add_argument("--mbit", type=float, default=0.0, help="10^6 bits per second of each link; 0: no limit")
-    parser.add_argument("--delay-ms", type=float, default=0.0, help="delay of what a host sends (needs netem)")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="delay of what a host sends")
     parser.add_argument("--host", choices=("horovod", "torch"), default="horovod", help="what the ranks use")
     parser.add_argument("--timeout-s", type=float, default=0.0, help="stop the job after this many seconds; 0: never")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write exit codes, seconds and bytes to this file")

@@ -4,10 +4,12 @@ Linux only. To be used inside a network, mount and PID namespace of its own (`sa
 can leave it, and the kernel removes everything when its first process ends, however that comes about.
 
 Every host is a network, UTS and mount namespace with one interface, `e0`, whose other end is a port of the bridge.
-Its outgoing rate is limited on e0, its incoming rate on the port; the delay is added to what it sends.
+Its outgoing rate is limited on e0, its incoming rate on the port; the delay is added to what it sends, by the kernel's
+netem, or where the kernel lacks it by `packet_delay.py`.
 """
 
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +70,18 @@ class VirtualHosts:
         _run("ip", "link", "set", _BRIDGE, "up")
         _run("ip", "address", "add", f"{BRIDGE_ADDRESS}/24", "dev", _BRIDGE)
         self._keepers = [_keeper(name, hosts_file) for name in self.names]
+        self._delays_by_kernel = not network.delay_ms or _has_netem()
+        if not self._delays_by_kernel:
+            self._relay = self._start_relay()
         for number, (keeper, address) in enumerate(zip(self._keepers, self.addresses, strict=True), start=1):
             self._connect(number, keeper, address)
+
+    @property
+    def delayed_by(self) -> str | None:
+        """What delays packets: "netem", "packet_delay.py" (which takes a share of a core), or None."""
+        if not self._network.delay_ms:
+            return None
+        return "netem" if self._delays_by_kernel else "packet_delay.py"
 
     def start(
         self, host: int, command: Sequence[str], environment: Mapping[str, str], folder: str | None = None
@@ -95,13 +107,22 @@ class VirtualHosts:
     def _connect(self, number: int, keeper: "subprocess.Popen[bytes]", address: str) -> None:
         port = f"port{number}"
         inside = self._on(number - 1)
-        _run("ip", "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", str(keeper.pid))
+        if self._delays_by_kernel:
+            _run("ip", "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", str(keeper.pid))
         _run("ip", "link", "set", port, "master", _BRIDGE, "up")
         _run(*inside, "ip", "address", "add", f"{address}/24", "dev", INTERFACE)
         _run(*inside, "ip", "link", "set", "lo", "up")
         _run(*inside, "ip", "link", "set", INTERFACE, "up")
-        self._limit(inside, INTERFACE, self._network.delay_ms)
+        self._limit(inside, INTERFACE, self._network.delay_ms if self._delays_by_kernel else 0.0)
         self._limit([], port, 0.0)
+
+    def _start_relay(self) -> "subprocess.Popen[bytes]":
+        """What delays packets where the kernel cannot."""
+        program = Path(__file__).with_name("packet_delay.py")
+        pairs = [(str(keeper.pid), f"port{number}") for number, keeper in enumerate(self._keepers, start=1)]
+        devices = [word for pair in pairs for word in pair]
+        command = [sys.executable, str(program), str(self._network.delay_ms / 1e3), INTERFACE, *devices]
+        return _started(command, "packet_delay.py", "it needs the kernel's TUN driver, /dev/net/tun")
 
     def _limit(self, where: Sequence[str], device: str, delay_ms: float) -> None:
         parent = ["root"]
@@ -113,13 +134,7 @@ class VirtualHosts:
             parent = ["parent", "1:1"]
         if delay_ms:
             netem = ["netem", "delay", f"{delay_ms}ms", "limit", "100000"]
-            try:
-                _run(*where, "tc", "qdisc", "add", "dev", device, *parent, *netem)
-            except SandboxError as error:
-                raise SandboxError(
-                    f"delay_ms={delay_ms:g}: {error}. Delays need a kernel with netem (CONFIG_NET_SCH_NETEM, module "
-                    "sch_netem: `modprobe sch_netem`, on some systems in a package such as kernel-modules-extra)"
-                ) from None
+            _run(*where, "tc", "qdisc", "add", "dev", device, *parent, *netem)
 
 
 def interface_bytes(path: str = "/proc/net/dev", interface: str = INTERFACE) -> tuple[int, int]:
@@ -144,13 +159,27 @@ def _keeper(name: str, hosts_file: Path) -> "subprocess.Popen[bytes]":
     """A process that does nothing but hold a host's namespaces."""
     script = 'mount --bind "$1" /etc/hosts && hostname "$2" && echo ready && exec sleep infinity'
     command = ["unshare", "--net", "--uts", "--mount", "sh", "-c", script, "sh", str(hosts_file), name]
+    return _started(command, name, "")
+
+
+def _started(command: Sequence[str], what: str, hint: str) -> "subprocess.Popen[bytes]":
+    """A process that has said that it is ready."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     if process.stdout.readline() != b"ready\n":
         reason = process.stderr.read().decode(errors="replace").strip()
-        raise SandboxError(f"{name} could not be made: {reason}")
+        raise SandboxError(f"{what} could not be started: {reason}. {hint}".strip())
     return process
+
+
+def _has_netem() -> bool:
+    """Whether the kernel can delay packets itself."""
+    device = ["dev", "lo", "root"]
+    tried = subprocess.run(["tc", "qdisc", "add", *device, "netem", "delay", "1ms"], capture_output=True, check=False)
+    if tried.returncode == 0:
+        _run("tc", "qdisc", "delete", *device)
+    return tried.returncode == 0
 
 
 def _run(*command: str) -> None:

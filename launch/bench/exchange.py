@@ -73,6 +73,7 @@ def measure(options: argparse.Namespace, elements: int, network: Network) -> Ite
                 "elements": elements,
                 "ranks_per_host": options.ranks_per_host,
                 **row,
+                "delayed_by": result.delayed_by,
                 "oversubscribed": ranks > (os.cpu_count() or 1),
             }
 
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hosts", type=numbers, default="2,4,8", help="numbers of hosts")
     parser.add_argument("--ranks-per-host", type=positive, default=1, help="ranks on every host")
     parser.add_argument("--mbit", type=numbers, default="100,500,1000,2500,5000,0", help="link rates; 0: no limit")
-    parser.add_argument("--delay-ms", type=numbers, default="0", help="link delays; above 0 they need netem")
+    parser.add_argument("--delay-ms", type=numbers, default="0", help="link delays")
     parser.add_argument("--elements", type=sizes, default="25M", help="sizes of the gradient: 25M, 2.6M or numbers")
     parser.add_argument(
         "--methods",

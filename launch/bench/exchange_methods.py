@@ -17,6 +17,7 @@ import torch
 
 from hvd_qoda.cost_model import Choice, CodecSpeed, Layout, Link, Ranks, choose, predict
 from hvd_qoda.exchange import PendingExchanges, Stamp
+from hvd_qoda.hosts import gather_hosts
 from hvd_qoda.measurement import measure_codec, measure_link
 from hvd_qoda.schemes import make_exchange
 from hvd_qoda.traffic import TrafficMeter
@@ -109,6 +110,7 @@ class HorovodMethods:
         self._threads = WorkerThreads(allotted_threads(os.environ))
         self._books = {"gradient": fitted_codebook(setting)}
         self._counter = 0
+        self._hosts = gather_hosts(self.transport)
         self._link, self._codec = self._measured()
 
     def make(self, name: str) -> Method:
@@ -124,7 +126,7 @@ class HorovodMethods:
         return method
 
     def _measured(self) -> tuple[Link, CodecSpeed]:
-        link = measure_link(self.transport)
+        link = measure_link(self.transport, self._hosts)
         return link, measure_codec(self._books["gradient"], self.transport, self._threads)
 
     def _plans(self) -> list[MessagePlan]:
@@ -169,7 +171,9 @@ class HorovodMethods:
     def _ours(self, scheme: str, predicted_s: float) -> Method:
         plans = self._plans()
         exchanges = [
-            make_exchange(scheme, plan, self._books, self.transport, f"bench.{scheme}.{number}", self._threads)
+            make_exchange(
+                scheme, plan, self._books, self.transport, f"bench.{scheme}.{number}", self._threads, self._hosts
+            )
             for number, plan in enumerate(plans)
         ]
         pending = PendingExchanges(self.transport.timeout_s, f"rank {self.transport.rank}")

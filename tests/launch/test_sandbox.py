@@ -56,6 +56,43 @@ def test_rate_and_bytes() -> None:
     assert result.sent_bytes[0] < 0.1 * AMOUNT  # acknowledgements
 
 
+ECHO = """
+import os, socket, time
+address = (os.environ["MASTER_ADDR"], 29500)
+if os.environ["RANK"] == "0":
+    with socket.create_server(address) as server:
+        peer, _ = server.accept()
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while part := peer.recv(100):
+            peer.sendall(part)
+else:
+    for _ in range(100):
+        try:
+            peer = socket.create_connection(address)
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    trips = []
+    for _ in range(20):
+        begin = time.monotonic()
+        peer.sendall(b"x")
+        peer.recv(1)
+        trips.append(time.monotonic() - begin)
+    print("least", min(trips))
+"""
+
+
+@needs_namespaces
+@pytest.mark.parametrize("mbit", [0.0, 100.0])
+def test_delay(mbit: float) -> None:
+    result = run_job(Job((sys.executable, "-c", ECHO), Network(2, mbit, delay_ms=5.0), "torch", timeout_s=60.0))
+    assert result.exit_codes == (0, 0), result.output
+    assert result.delayed_by in ("netem", "packet_delay.py")
+    least = float(next(line.split()[2] for line in result.output.splitlines() if "least" in line))
+    assert 0.010 <= least < 0.020  # both ends' delays
+
+
 @needs_namespaces
 def test_hosts_reach_nothing_else() -> None:
     program = (
