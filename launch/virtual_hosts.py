@@ -20,6 +20,8 @@ _SUBNET = "10.77.0"
 BRIDGE_ADDRESS = f"{_SUBNET}.254"
 MAX_HOSTS = 253
 _START_TIMEOUT_S = 10.0
+_CONGESTION_CONTROL = "cubic"  # Linux's own default; this machine's may be another one
+_LEAST_BURST_BYTES = 2**17  # two of the longest packets that TCP hands down: a shorter burst would cut them up
 
 
 class SandboxError(Exception):
@@ -111,6 +113,7 @@ class VirtualHosts:
             _run("ip", "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", str(keeper.pid))
         _run("ip", "link", "set", port, "master", _BRIDGE, "up")
         _run(*inside, "ip", "address", "add", f"{address}/24", "dev", INTERFACE)
+        _run(*inside, "sh", "-c", f"echo {_CONGESTION_CONTROL} > /proc/sys/net/ipv4/tcp_congestion_control")
         _run(*inside, "ip", "link", "set", "lo", "up")
         _run(*inside, "ip", "link", "set", INTERFACE, "up")
         self._limit(inside, INTERFACE, self._network.delay_ms if self._delays_by_kernel else 0.0)
@@ -128,7 +131,7 @@ class VirtualHosts:
         parent = ["root"]
         if self._network.mbit:
             bits = self._network.mbit * 1e6
-            burst = max(2**16, round(bits / 8 * 0.004))  # 4 ms, and at least the longest packet that TCP hands down
+            burst = max(_LEAST_BURST_BYTES, round(bits / 8 * 0.004))
             limit = ["rate", f"{round(bits)}bit", "burst", f"{burst}b", "latency", "100ms"]
             _run(*where, "tc", "qdisc", "add", "dev", device, "root", "handle", "1:", "tbf", *limit)
             parent = ["parent", "1:1"]

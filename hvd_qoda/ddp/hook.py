@@ -66,7 +66,7 @@ class QodaState:
     """State of `comm_hook`: layer types, codebooks, the step number; one per model, made on every rank.
 
     It can be pickled, as torch's own hook states can; after unpickling call `attach(model)`. For an exact resume save
-    `state_dict()`.
+    `state_dict()`; one rank's is enough, except with worker_norms or error_feedback.
 
     Args:
         model: the model, wrapped by DDP or not; or its (name, parameter) pairs, from whose names the layer types are
@@ -303,6 +303,8 @@ class QodaState:
     ) -> None:
         """Decode a fusion buffer, and hand back the reduce buckets that are complete with it."""
         exchange.finish(out)
+        for mean in out:
+            session.arrived(mean)
         step.under_way -= 1
         complete = [step.owners[name] for name in names if step.owners[name].written()]
         if step.all_arrived and step.under_way == 0:
@@ -316,14 +318,15 @@ class QodaState:
 
 def _start(session: Session, world: World, key: str, exchange: Exchange, values: list[torch.Tensor]) -> None:
     """Encode and send a fusion buffer."""
-    exchange.start(values, session.stamp)
+    corrected = session.corrected(exchange, values)
+    exchange.start(corrected, session.stamp)
     segments = exchange.plan.segments
     per_byte = exchange.sent_bytes / max(1, sum(segment.end - segment.begin for segment in segments))
     for segment, value in zip(segments, values, strict=True):
         sent = per_byte * (segment.end - segment.begin)
         raw = all_reduce_bytes(value.nbytes, world.transport.size)
         session.account(segment.slice.codebook, segment.slice.length, raw, sent)
-    session.observe(key, exchange, values)
+    session.observe(key, exchange, corrected)
 
 
 def _key(names: tuple[str, ...]) -> str:

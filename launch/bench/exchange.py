@@ -140,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--methods",
         type=methods,
-        default="fp32,fp16,powersgd4,qoda-allgather,qoda-reduce-scatter,auto",
-        help="what to time; qoda-hierarchical needs --ranks-per-host of 2 or more",
+        help="what to time; without it all, but qoda-hierarchical only with --ranks-per-host of 2 or more",
     )
     parser.add_argument("--rounds", type=positive, default=7, help="runs of each method that count")
     parser.add_argument("--budget-s", type=float, default=20.0, help="fewer rounds, but 3, for a method beyond this")
@@ -154,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=not_negative, default=0, help="of the gradients and the rounding")
     options = parser.parse_args(arguments)
     command = shlex.join(["python", "launch/bench/exchange.py", *(sys.argv[1:] if arguments is None else arguments)])
+    if options.methods is None:
+        hierarchy = options.ranks_per_host > 1
+        options.methods = [name for name in METHODS if hierarchy or name != "qoda-hierarchical"]
     rows: list[dict[str, Any]] = []
     if options.json is not None and options.keep and options.json.exists():
         rows = json.loads(options.json.read_text())

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default=DIGITS, help="folder with MNIST's four files, or 'digits' (scikit-learn's)")
     parser.add_argument("--steps", type=positive, default=200, help="optimizer steps")
     parser.add_argument("--batch-size", type=positive, default=32, help="examples per rank and step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of Adam")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="learning rate of Adam")
     parser.add_argument("--compression", choices=("none", "qoda"), default="qoda", help="none: DDP's own all-reduce")
     parser.add_argument("--bits", type=int, default=5, help="width of a code, 2 to 8; 32: not quantized")
     parser.add_argument("--exchange", choices=EXCHANGES, default="auto", help="how the messages travel")

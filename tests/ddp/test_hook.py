@@ -151,7 +151,8 @@ def test_dtypes(two_ranks: RankPool, dtype: torch.dtype) -> None:
 
 def resumed(how: str) -> tuple[bytes, bytes, bool]:
     """Six steps in one go; and four, then a new model, optimizer, DDP and state, then two."""
-    options = {**QUICK, "exchange": "reduce_scatter", "update_levels": {"at": [3, 6]}, "worker_norms": True}
+    private = {"worker_norms": True, "error_feedback": True}
+    options = {**QUICK, **private, "exchange": "reduce_scatter", "update_levels": {"at": [3, 6]}}
     wrap = {"bucket_cap_mb": 0.1}
     whole = Run(options, **wrap)
     for step in range(6):
