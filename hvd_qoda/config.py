@@ -265,8 +265,9 @@ class QodaConfig(_Model):
       Default 1024.
     - `measure_error_every`: steps between measurements of the quantization error, 0 for never. Default 100.
     - `worker_norms`: whether the squared norms that QODA with `sum_over="workers"` needs are exchanged. Default false.
-    - `fusion_buffer_mb`: megabytes (2^20 bytes) of gradients that `hvd_qoda.DistributedOptimizer` sends in one message,
-      more than 0; under the stock optimizer every parameter has messages of its own. Default 16.
+    - `fusion_buffer_mb`: megabytes (2^20 bytes) of gradients that `hvd_qoda.DistributedOptimizer` and
+      `hvd_qoda.ddp` send in one message, more than 0; under Horovod's stock optimizer every parameter has messages of
+      its own. Default 16.
     - `timeout_s`: seconds to wait for other ranks before `ExchangeTimeoutError`. Default 300: a rank may evaluate or
       save a checkpoint between two steps.
 

@@ -7,10 +7,12 @@ buffers are made from the model alone: its parameters in reverse order, in which
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
 from hvd_qoda.errors import UnsupportedError
+from hvd_qoda.fusion import fill_buffers
 from qoda_kernels.layout import EXACT_DTYPES, MessagePlan, Slice
 from qoda_kernels.registry import CodebookRegistry, ParameterEntry
 
@@ -26,18 +28,8 @@ def fusion_buffers(entries: Iterable[ParameterEntry], bytes_at_most: float) -> l
             own.
     """
     buffers: list[tuple[str, ...]] = []
-    names: list[str] = []
-    filled, dtype = 0, None
-    for entry in reversed(list(entries)):
-        size = entry.numel * entry.dtype.itemsize
-        if names and (filled + size > bytes_at_most or entry.dtype != dtype):
-            buffers.append(tuple(names))
-            names, filled = [], 0
-        dtype = entry.dtype
-        names.append(entry.name)
-        filled += size
-    if names:
-        buffers.append(tuple(names))
+    for _, run in groupby(reversed(list(entries)), key=lambda entry: entry.dtype):
+        buffers += fill_buffers({entry.name: entry.numel * entry.dtype.itemsize for entry in run}, bytes_at_most)
     return buffers
 
 

@@ -37,8 +37,6 @@ from qoda_kernels.registry import CodebookRegistry
 
 __all__ = ["QodaState", "comm_hook"]
 
-_DEFAULT_FUSION_MB = 25.0
-
 
 def comm_hook(
     state: "QodaState",
@@ -75,7 +73,6 @@ class QodaState:
             same ranks, so that its collectives do not mix with the program's.
         telemetry: receives one record per step.
         name: tells models apart in messages about ranks that disagree.
-        fusion_buffer_mb: megabytes (10^6 bytes) of gradients that travel in one message.
         config: configuration; or give its keys as keywords, over the environment's and the defaults.
         keywords: keys of `QodaConfig`, such as bits=5.
 
@@ -95,17 +92,13 @@ class QodaState:
         process_group: dist.ProcessGroup | None = None,
         telemetry: Telemetry | None = None,
         name: str = "",
-        fusion_buffer_mb: float = _DEFAULT_FUSION_MB,
         config: QodaConfig | None = None,
         **keywords: Any,
     ) -> None:
         if config is not None and keywords:
             raise ConfigError(f"give either config or keywords ({', '.join(keywords)}), not both")
-        if not fusion_buffer_mb > 0:
-            raise ConfigError(f"fusion_buffer_mb={fusion_buffer_mb!r}: must be larger than 0")
         self._config = QodaConfig.load(**keywords) if config is None else config
         self._name = name
-        self._fusion_bytes = fusion_buffer_mb * 1e6
         self._saved: dict[str, Any] | None = None
         self._make_session(model, process_group, telemetry)
 
@@ -191,7 +184,7 @@ class QodaState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process."""
-        kept = ("_config", "_name", "_fusion_bytes")
+        kept = ("_config", "_name")
         return {**{name: self.__dict__[name] for name in kept}, "_saved": self.state_dict()}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -271,7 +264,7 @@ class QodaState:
         wanted = [
             session.registry.parameters[n] for n, parameter in session.parameters.items() if parameter.requires_grad
         ]
-        return fusion_buffers(wanted, self._fusion_bytes)
+        return fusion_buffers(wanted, self._config.fusion_buffer_mb * 2**20)
 
     def _begin_step(self, session: Session, world: World) -> None:
         world.outstanding.check()

@@ -250,8 +250,6 @@ def test_states_that_do_not_fit() -> None:
         state.load_state_dict(ddp.QodaState(Net(), bits=5).state_dict())
     with pytest.raises(ConfigError, match="format None"):
         state.load_state_dict({})
-    with pytest.raises(ConfigError, match="fusion_buffer_mb"):
-        ddp.QodaState(Net(), fusion_buffer_mb=0)
     with pytest.raises(ConfigError, match="either config or keywords"):
         ddp.QodaState(Net(), config=hvd_qoda.QodaConfig(), bits=4)
     assert issubclass(ConfigError, QodaError)
