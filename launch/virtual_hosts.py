@@ -21,6 +21,7 @@ BRIDGE_ADDRESS = f"{_SUBNET}.254"
 MAX_HOSTS = 253
 _START_TIMEOUT_S = 10.0
 _CONGESTION_CONTROL = "cubic"  # Linux's own default; this machine's may be another one
+_AVAILABLE = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _LEAST_BURST_BYTES = 2**17  # two of the longest packets that TCP hands down: a shorter burst would cut them up
 
 
@@ -113,9 +114,12 @@ class VirtualHosts:
             _run("ip", "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", str(keeper.pid))
         _run("ip", "link", "set", port, "master", _BRIDGE, "up")
         _run(*inside, "ip", "address", "add", f"{address}/24", "dev", INTERFACE)
-        _run(*inside, "sh", "-c", f"echo {_CONGESTION_CONTROL} > /proc/sys/net/ipv4/tcp_congestion_control")
         _run(*inside, "ip", "link", "set", "lo", "up")
         _run(*inside, "ip", "link", "set", INTERFACE, "up")
+        if _CONGESTION_CONTROL in _AVAILABLE.read_text().split():
+            # For the route, because the kernel lets a namespace choose only some algorithms as its default.
+            route = [f"{_SUBNET}.0/24", "dev", INTERFACE, "src", address, "congctl", _CONGESTION_CONTROL]
+            _run(*inside, "ip", "route", "replace", *route, "proto", "kernel", "scope", "link")
         self._limit(inside, INTERFACE, self._network.delay_ms if self._delays_by_kernel else 0.0)
         self._limit([], port, 0.0)
 
