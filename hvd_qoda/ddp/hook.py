@@ -74,7 +74,7 @@ class QodaState:
         telemetry: receives one record per step.
         name: tells models apart in messages about ranks that disagree.
         config: configuration; or give its keys as keywords, over the environment's and the defaults.
-        keywords: keys of `QodaConfig`, such as bits=5.
+        keywords: keys of `QodaConfig`, such as bits=5. Here exchange="auto" goes by bytes alone, like "by_bytes".
 
     Raises:
         ConfigError: for unknown keys or impossible values, and where config and keywords are both given.
@@ -272,7 +272,7 @@ class QodaState:
             world.settle()  # backward was broken off, on every rank
             session.abandon_step()
         if session.begin_step(world.transport):
-            world.use_codebooks(session.registry)
+            world.forget_exchanges()  # code widths may have changed, and with them the layout of messages
         self._pass = Step([Filling(names, {}) for names in self._buffers()])
 
     def _take(self, session: Session, world: World, step: Step, bucket: Arrived, last: bool) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hvd_qoda.ddp.fusion import plan_of
 from hvd_qoda.ddp.ordered import OrderedExchanges
 from hvd_qoda.ddp.worker import ExchangeThread
-from hvd_qoda.errors import QodaError
+from hvd_qoda.errors import ConfigError, QodaError
 from hvd_qoda.exchange import Exchange
 from hvd_qoda.schemes import make_exchange
 from hvd_qoda.session import Session
@@ -66,9 +66,20 @@ class World:
     Args:
         process_group: of the ranks; None for all.
         session: whose gradients are exchanged.
+
+    Raises:
+        ConfigError: for an exchange that this front end does not offer.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, session: Session) -> None:
+        scheme = session.config.exchange
+        if scheme == "off":
+            raise ConfigError('exchange="off": to let DistributedDataParallel reduce the gradients, register no hook')
+        if scheme == "hierarchical":
+            raise ConfigError(
+                'exchange="hierarchical" is offered by the Horovod front end only; with DistributedDataParallel use '
+                '"by_bytes", "allgather" or "reduce_scatter"'
+            )
         ranks = TorchTransport(process_group).ranks
         gathers = dist.new_group(list(ranks), backend=_backend(process_group), use_local_synchronization=True)
         # Two NCCL communicators may block each other when their kernels start in another order on every rank.
@@ -86,7 +97,6 @@ class World:
         where = f"rank {dist.get_rank()}"
         self.thread = ExchangeThread(self.exchanges, self._timeout_s, where, self.outstanding.fail)
         self._threads = WorkerThreads(allotted_threads(os.environ))
-        scheme = session.config.exchange
         self._scheme = "by_bytes" if scheme == "auto" else scheme
         self._made: dict[tuple[tuple[str, ...], tuple[torch.dtype, ...]], Exchange] = {}
         self._used: set[tuple[tuple[str, ...], tuple[torch.dtype, ...]]] = set()
@@ -108,11 +118,6 @@ class World:
             found = make_exchange(self._scheme, plan, registry.codebooks, self.transport, name, self._threads)
             self._made[key] = found
         return found
-
-    def use_codebooks(self, registry: CodebookRegistry) -> None:
-        """Go on with other levels."""
-        for exchange in self._made.values():
-            exchange.use_codebooks(registry.codebooks)
 
     def end_step(self) -> None:
         """Forget exchanges that have not been asked for in this step."""

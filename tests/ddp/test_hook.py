@@ -26,7 +26,7 @@ def trained(options: dict[str, Any], steps: int = 4, wrap: dict[str, Any] | None
     return run.bits(), losses, run.state.registry.version, run.state.traffic.sent_bytes
 
 
-@pytest.mark.parametrize("exchange", ["allgather", "reduce_scatter", "auto"])
+@pytest.mark.parametrize("exchange", ["allgather", "reduce_scatter", "by_bytes"])
 def test_every_rank_holds_the_same_bits(four_ranks: RankPool, exchange: str) -> None:
     outcomes = four_ranks.run(trained, {"exchange": exchange})
     assert len({bits for bits, *_ in outcomes}) == 1
@@ -231,6 +231,16 @@ def test_a_missing_peer_is_an_error_at_the_deadline() -> None:
         told = ranks.run(late_peer, timeout=60.0)[0]
     assert "ExchangeTimeoutError: rank 0: \"fusion buffer of 'out.bias' to" in told
     assert "did not finish within 1 s" in told
+
+
+def exchanges_of_another_front_end() -> None:
+    for exchange in ("off", "hierarchical"):
+        with pytest.raises(ConfigError, match=f'exchange="{exchange}"'):
+            Run({**QUICK, "exchange": exchange}).step(0)
+
+
+def test_exchanges_that_are_not_offered(two_ranks: RankPool) -> None:
+    two_ranks.run(exchanges_of_another_front_end)
 
 
 def another_model() -> None:
