@@ -31,7 +31,6 @@ import torch
 
 from launch.bench.rival_quantizers import RIVALS, eden
 from launch.train.options import HelpFormatter, positive
-from launch.train.summary import write_json
 from qoda_kernels import entropy
 from qoda_kernels.codec import Codec
 from qoda_kernels.coded_message import MessageCoder
@@ -91,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [row for row in earlier if row.gradients not in names] + rows
     print(summary(rows))
     if options.json is not None:
-        write_json(options.json, [asdict(row) for row in rows])
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text("[\n" + ",\n".join(json.dumps(_rounded(row)) for row in rows) + "\n]\n")
     if options.plot is not None:
         from launch.bench.quantizers_plot import draw
 
@@ -286,6 +286,11 @@ def synthetic(kind: str, workers: int, size: int, seed: int) -> Gradients:
         own = [np.where(rng.random(size) < 0.5, common, draw()).astype(np.float32) for _ in range(workers)]
         steps.append(tuple({"weight": values} for values in own))
     return Gradients(kind, {"weight": "other"}, steps[0], steps[1])
+
+
+def _rounded(row: Measurement) -> dict[str, Any]:
+    """A row with five digits."""
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in asdict(row).items()}
 
 
 def _literal(name: str) -> str:

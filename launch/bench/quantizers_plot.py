@@ -72,7 +72,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         axes.set_title(name, fontsize=10)
         axes.grid(color="#e4e4e4", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("bits on the wire per coordinate")
+    for axes in panels[-1]:
+        axes.set_xlabel("bits on the wire per coordinate")
     figure.supylabel("normalised squared error of one worker")
     handles = [
         Line2D([], [], color=colour, linestyle=line, marker=marker, label=method)

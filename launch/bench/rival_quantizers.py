@@ -125,9 +125,9 @@ def eden(values: Float32Array, bits: int, rng: np.random.Generator) -> tuple[Flo
     centres = _lloyd_max(bits)
     codes = np.searchsorted((centres[1:] + centres[:-1]) / 2, rotated * (np.sqrt(_BUCKET) / length))
     found = centres[codes]
-    scale = length**2 / np.maximum((rotated * found).sum(axis=1, keepdims=True), 1e-300)
+    product = (rotated * found).sum(axis=1, keepdims=True)
+    scale = np.divide(length**2, product, out=np.zeros_like(length), where=product > 0)
     decoded = hadamard((found * scale).astype(np.float32)) * signs
-    decoded[~rows.any(axis=1)] = 0.0
     return decoded.astype(np.float32).reshape(-1)[: values.size], rows.size * bits + 32 * len(rows)
 
 

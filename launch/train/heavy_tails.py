@@ -77,6 +77,10 @@ class SmallAlexNet(nn.Sequential):
             nn.ReLU(),
             nn.Linear(128, 10),
         )
+        for layer in self:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
 
 
 class Clients:
