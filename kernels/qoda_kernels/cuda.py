@@ -42,6 +42,7 @@ from qoda_kernels.kernel_constants import (
     LOW_HALF,
     MAGNITUDE,
     NAN,
+    OF_ZEROS,
     ROUNDING_BITS,
     ROUNDING_CONSTANT,
     TINY_NORM,
@@ -589,7 +590,7 @@ def _share_of_planes(offset, byte_sum, weighted_sum, words):
 
 @_device
 def _fold(total):
-    return np.uint32((total ^ (total >> np.uint64(32))) & np.uint64(0xFFFFFFFF))
+    return word32.bit_xor(np.uint32((total ^ (total >> np.uint64(32))) & np.uint64(0xFFFFFFFF)), OF_ZEROS)
 
 
 @_device

@@ -6,7 +6,7 @@ from qoda_kernels.dither import HIGH_WORD_MULTIPLIER, WEYL_MULTIPLIER
 from qoda_kernels.reference import INFINITY_BITS, NAN_BITS
 from qoda_kernels.reference import TINY_NORM as _TINY_NORM
 from qoda_kernels.reference import TINY_SCALE as _TINY_SCALE
-from qoda_kernels.wire import CHECKSUM_MULTIPLIER
+from qoda_kernels.wire import CHECKSUM_MULTIPLIER, CHECKSUM_OF_ZEROS
 
 # Float32 as bits.
 MAGNITUDE, SIGN = np.uint32(0x7FFFFFFF), np.uint32(0x80000000)
@@ -19,4 +19,4 @@ ROUNDING_CONSTANT, ROUNDING_BITS = np.float32(1.5 * 2.0**23), np.uint32(0x4B4000
 
 WEYL, HIGH_WORD = np.uint32(WEYL_MULTIPLIER), np.uint32(HIGH_WORD_MULTIPLIER)
 TINY_NORM, TINY_SCALE = np.float32(_TINY_NORM), np.float32(_TINY_SCALE)
-CHECKSUM = np.uint64(CHECKSUM_MULTIPLIER)
+CHECKSUM, OF_ZEROS = np.uint64(CHECKSUM_MULTIPLIER), np.uint32(CHECKSUM_OF_ZEROS)

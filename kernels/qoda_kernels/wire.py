@@ -12,7 +12,8 @@
 
 All numbers are unsigned and little-endian. The payload is laid out as `layout.py` says; its size is a multiple of 16.
 With the payload's 32-bit words w_0, w_1, ... the checksum is A + 0x9E3779B97F4A7C15 B, folded to 32 bits by xor of its
-halves, where A = sum of w_i and B = sum of (i + 1) w_i modulo 2^64: it changes with any changed, moved or swapped word.
+halves and of 0x51C0DA7A, where A = sum of w_i and B = sum of (i + 1) w_i modulo 2^64: it changes with any changed,
+moved or swapped word. That of zeros is not zero: memory that was never written is no message.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from qoda_kernels.layout import HEADER_BYTES
 MAGIC = b"QODA"
 WIRE_VERSION = 1
 CHECKSUM_MULTIPLIER = 0x9E3779B97F4A7C15
+CHECKSUM_OF_ZEROS = 0x51C0DA7A
 _HEADER = struct.Struct("<4sHH8sIIII")
 _MASK32 = 0xFFFFFFFF
 assert _HEADER.size == HEADER_BYTES
@@ -114,7 +116,7 @@ def pack_header(digest: bytes, registry_version: int, counter: int, payload_byte
 def fold_checksum(total: int) -> int:
     """Checksum from the payload's total A + CHECKSUM_MULTIPLIER B, of which only the low 64 bits count."""
     total &= 2**64 - 1
-    return (total ^ (total >> 32)) & _MASK32
+    return (total ^ (total >> 32)) & _MASK32 ^ CHECKSUM_OF_ZEROS
 
 
 def check_header(received: bytes, expected: Header, source: int) -> None:

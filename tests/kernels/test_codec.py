@@ -122,6 +122,14 @@ def test_a_damaged_message_is_an_error(data: st.DataObject) -> None:
         codec.decode_mean([damaged], [context()])
 
 
+def test_a_message_whose_payload_and_checksum_are_zeros_is_damaged() -> None:
+    codec, values = several_segments()
+    message = codec.encode(values[0], context())
+    message[HEADER_BYTES - 4 :] = 0
+    with pytest.raises(WireError, match="payload checksum is 0"):
+        codec.decode_mean([message], [context()])
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
