@@ -5,10 +5,10 @@ starts, from a folder that only those tests have on their path. Every configurat
 the end a process writes how many steps went through the plug-in, so that a test cannot pass by not using it.
 """
 
-import atexit
 import importlib.abc
 import importlib.machinery
 import json
+import multiprocessing.util
 import os
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def _substitute(deepspeed: Any) -> None:
 
     bits = int(os.environ[BITS_VARIABLE])
     original = deepspeed.initialize
-    engines: list[Any] = []
+    states: list[Any] = []
     # Else every process compiles it; the CPU's collectives work without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -33,17 +33,17 @@ def _substitute(deepspeed: Any) -> None:
         if isinstance(config, dict):
             config.setdefault("qoda", {"bits": bits, "levels": "uniform"})
         result = original(*arguments, config=config, **more)
-        engines.append(result[0])
+        states.append(vars(result[0]).get("qoda_state"))  # which a destroyed engine forgets
         return result
 
     def tell() -> None:
-        states = [vars(engine).get("qoda_state") for engine in engines]
         steps = sum(state.reducer.step for state in states if state is not None)
         with Path(os.environ[COUNT_VARIABLE]).open("a") as file:
-            file.write(f"{len(engines)} {steps}\n")
+            file.write(f"{len(states)} {steps}\n")
 
     deepspeed.initialize = initialize
-    atexit.register(tell)
+    # Processes of multiprocessing end without what atexit has registered.
+    multiprocessing.util.Finalize(None, tell, exitpriority=1)
     assert ds_plugin.require is not None
 
 
