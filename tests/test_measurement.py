@@ -1,7 +1,7 @@
 """Measuring among ranks of one process, on links whose speed is known."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -63,7 +63,21 @@ class SlowTransport:
         return self._slow("all_to_all", handle, sent, name)
 
 
+def undisturbed(check: Callable[[], None], attempts: int = 5) -> None:
+    """A check of measured times, repeated where other load on the machine may have disturbed it."""
+    for attempt in range(attempts):
+        try:
+            return check()
+        except AssertionError:
+            if attempt == attempts - 1:
+                raise
+
+
 def test_a_link_of_known_speed_is_recovered_and_equal_on_all_ranks() -> None:
+    undisturbed(recover_a_link_of_known_speed)
+
+
+def recover_a_link_of_known_speed() -> None:
     group = InMemoryGroup(3)
     slow = [SlowTransport(transport) for transport in group.transports]
     begin = time.monotonic()
@@ -86,6 +100,10 @@ def test_a_rank_alone_has_nothing_to_measure() -> None:
 
 
 def test_large_sizes_are_left_out_where_they_take_too_long() -> None:
+    undisturbed(leave_out_large_sizes)
+
+
+def leave_out_large_sizes() -> None:
     group = InMemoryGroup(2)
     slow = [SlowTransport(transport) for transport in group.transports]
     for transport in slow:
