@@ -12,9 +12,11 @@ one hash for two coordinates, and codes that stay in registers until they are pa
 
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,17 @@ _GROUP = tiles.GROUP
 _SUM_STEP = 64  # bytes
 _CHUNK = 32  # buckets whose codes are summed for the checksum while they are in the cache
 _AHEAD = 2048  # coordinates that are asked for before they are quantized; they fit into the first cache twice
+
+
+def _digest_of_sources() -> int:
+    """A number that changes with the text of any module that kernels are made of."""
+    names = ("tiles", "vectors", "word32", "kernel_constants")
+    return zlib.crc32(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names))
+
+
+# Numba compiles a cached kernel anew when its own file changes, not when a module that it uses does; but it compares
+# what the kernel's closure holds.
+_SOURCES = _digest_of_sources()
 
 _inline = njit(inline="always", nogil=True, error_model="numpy")
 _kernel = njit(nogil=True, error_model="numpy", cache=True)
@@ -342,11 +355,13 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
     item_bytes = 4 if kind == FLOAT32 else 2
     tile_bytes = item_bytes * tile
     has_strata = int(is_stratified)
+    sources = _SOURCES
 
     @_kernel
     def encode(  # type: ignore[no-untyped-def]  # Numba infers
         values, parts, message, key, bucket_size, norm_bytes, is_l2, clip, lines, levels, cells
     ):
+        _ = sources
         scratch = np.empty(bucket_size, dtype=np.float32)
         tail_values = np.empty(tile, dtype=np.float32)
         tail_codes = np.empty(bits * lanes, dtype=np.uint8)
@@ -494,9 +509,11 @@ def decoder(bits: int, lanes: int, kind: int) -> Callable[..., None]:
     """
     tile = ROWS * lanes
     item_bytes = 4 if kind == FLOAT32 else 2
+    sources = _SOURCES
 
     @_kernel
     def decode(messages, results, parts, scale, bucket_size, norm_bytes, levels):  # type: ignore[no-untyped-def]  # Numba infers
+        _ = sources
         scratch = np.empty(bucket_size, dtype=np.float32)
         tail_values = np.empty(tile, dtype=np.float32)
         tail_codes = np.empty(bits * lanes, dtype=np.uint8)

@@ -67,3 +67,18 @@ slow = {"numba.cuda", "horovod", "deepspeed", "wandb", "transformers"} & set(sys
 assert not slow, slow
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_kernels_are_compiled_anew_when_a_module_that_they_use_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba's key of a cached kernel holds the kernel's closure, and that the digest of those modules."""
+
+    def key_of(sources: int) -> object:
+        kernels = []
+        monkeypatch.setattr(cpu, "_SOURCES", sources)
+        monkeypatch.setattr(cpu, "_compiled", lambda kernel, signature, name: kernels.append(kernel))
+        cpu.encoder.__wrapped__(4, 32, "uniform", cpu.FLOAT32, False)
+        cpu.decoder.__wrapped__(4, 32, cpu.FLOAT32)
+        return [kernel._cache._index_key((), kernel.targetctx.codegen()) for kernel in kernels]
+
+    assert key_of(1) == key_of(1)
+    assert all(one != other for one, other in zip(key_of(1), key_of(2), strict=True))
