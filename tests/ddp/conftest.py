@@ -1,41 +1,13 @@
 """Ranks of torch.distributed over gloo, shared by all tests of this folder."""
 
+from functools import partial
 from pathlib import Path
 
-import pytest
-
 from tests.launcher import RankPool
+from tests.shared_ranks import SharedRanks
 
-_FOLDER = Path(__file__).parent
-_POOLS = {size: RankPool(size, host="torch") for size in (2, 4)}  # they start with their first call
-
-
-@pytest.fixture
-def two_ranks() -> RankPool:
-    return _POOLS[2]
-
-
-@pytest.fixture
-def four_ranks() -> RankPool:
-    return _POOLS[4]
-
-
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Stop the ranks behind the last test here."""
-    if nextitem is None or _FOLDER not in nextitem.path.parents:
-        _close_all()
-
-
-def pytest_sessionfinish() -> None:
-    _close_all()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if _FOLDER in item.path.parents and "ranks" in " ".join(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.distributed)
-
-
-def _close_all() -> None:
-    for pool in _POOLS.values():
-        pool.close()
+_RANKS = SharedRanks(Path(__file__).parent, partial(RankPool, host="torch"))
+two_ranks, four_ranks = _RANKS.fixture(2), _RANKS.fixture(4)
+pytest_runtest_teardown = _RANKS.stop_behind_the_last_test
+pytest_sessionfinish = _RANKS.stop
+pytest_collection_modifyitems = _RANKS.mark
