@@ -99,7 +99,7 @@ class Compression:
 def _need_horovod() -> None:
     """Raise ImportError with advice where Horovod is missing."""
     try:
-        import horovod.torch  # noqa: F401
+        import hvd_qoda.horovod  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "hvd_qoda.Compression needs Horovod with PyTorch. Its release does not build with current PyTorch: "

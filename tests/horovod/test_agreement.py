@@ -171,7 +171,7 @@ def test_a_rank_that_stays_away_is_reported_at_the_deadline(two_ranks: RankPool)
     message, other = two_ranks.run(late_rank)
     assert other == "late"
     assert "rank 0: 'hvd_qoda." in message
-    assert "2.weight.all_gather' did not finish within 6 s" in message
+    assert "2.weight.by_bytes.all_gather' did not finish within 6 s" in message
     assert "every rank is alive" in message
 
 

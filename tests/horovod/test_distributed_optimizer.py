@@ -231,23 +231,31 @@ def with_layouts() -> None:
 # -- how it travels --------------------------------------------------------------------------------------------------
 
 
-def collectives_of_a_step(scheme: str, fusion_buffer_mb: float) -> tuple[int, dict[str, int]]:
+def collectives_of_a_step(scheme: str, fusion_buffer_mb: float) -> tuple[int, int, dict[str, int]]:
+    """Number of buffers, of those that hold something to quantize, and of collectives of every kind."""
     model = make_model()
     compression = make_qoda(model, exchange=scheme)
     optimizer = overlapping(model, compression, fusion_buffer_mb=fusion_buffer_mb)
     train(model, optimizer, range(2))
     before = compression.traffic
     train(model, optimizer, [2])
-    return len(optimizer.fusion_buffers()), dict((compression.traffic - before).calls)
+    buffers, registry = optimizer.fusion_buffers(), compression.registry
+    quantized = [
+        any(not registry.codebooks[registry.parameters[name].codebook].is_exact for name in names) for names in buffers
+    ]
+    return len(buffers), sum(quantized), dict((compression.traffic - before).calls)
 
 
-@pytest.mark.parametrize(("fusion_buffer_mb", "buffers"), [(100.0, 1), (SMALL_MB, 4)])
-def test_one_collective_for_each_buffer_and_phase(two_ranks: RankPool, fusion_buffer_mb: float, buffers: int) -> None:
+@pytest.mark.parametrize(("fusion_buffer_mb", "buffers", "quantized"), [(100.0, 1, 1), (SMALL_MB, 4, 2)])
+def test_one_collective_for_each_buffer_and_phase(
+    two_ranks: RankPool, fusion_buffer_mb: float, buffers: int, quantized: int
+) -> None:
     roll_call = {"all_reduce": 1}
     for found in two_ranks.run(collectives_of_a_step, "allgather", fusion_buffer_mb):
-        assert found == (buffers, {"all_gather": buffers, **roll_call})
+        assert found == (buffers, quantized, {"all_gather": buffers, **roll_call})
+    # Buffers with nothing to quantize are gathered: between two ranks that takes the fewest bytes.
     for found in two_ranks.run(collectives_of_a_step, "reduce_scatter", fusion_buffer_mb):
-        assert found == (buffers, {"all_to_all": buffers, "all_gather": buffers, **roll_call})
+        assert found == (buffers, quantized, {"all_to_all": quantized, "all_gather": buffers, **roll_call})
 
 
 def events_of_a_step() -> list[str]:

@@ -62,7 +62,7 @@ def pools() -> Iterator[tuple[RankPool, RankPool]]:
     [
         ("--optimizer", "qodadam", "--compression", "qoda", "--exchange", "allgather", "--update-levels-at", "3,8"),
         ("--optimizer", "qoda", "--compression", "qoda", "--exchange", "reduce_scatter", "--update-levels-at", "5,7"),
-        ("--optimizer", "qodadam", "--route", "overlap", "--fusion-buffer-mb", "0.02", "--update-levels-at", "3,8"),
+        ("--optimizer", "qodadam", "--route", "overlap", "--fusion-buffer-mb", "0.02", "--exchange", "by_bytes"),
         ("--optimizer", "sgd", "--compression", "none"),
     ],
     ids=["qodadam-allgather", "qoda-reduce_scatter", "qodadam-overlap", "sgd-fp32"],
