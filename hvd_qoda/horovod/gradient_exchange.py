@@ -12,8 +12,7 @@ random numbers depend on what it owns.
 Second phases of a reduce-scatter are not started before the optimizer steps: how many collectives a rank has started at
 a line of the user's program must not depend on time (see `hvd_qoda.horovod.transport`).
 
-With exchange="auto" each buffer takes the scheme that sends fewer bytes ("by_bytes"): step times are not tried here, as
-they are under the stock optimizer (`hvd_qoda.scheme_choice`).
+With exchange="auto" all buffers take one scheme, chosen as under the stock optimizer (`hvd_qoda.scheme_choice`).
 """
 
 import logging
