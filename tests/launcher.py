@@ -42,6 +42,11 @@ DEFAULT_TIMEOUT_S = 120.0
 _TRACEBACK_GRACE_S = 1.0
 
 
+def heed_interrupts() -> None:
+    """For `preexec_fn` of `subprocess.Popen`: else what a shell has started in the background ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class RankError(AssertionError):
     """A rank raised, died, or did not answer in time; the message holds each rank's report."""
 

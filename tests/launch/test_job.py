@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("horovod.torch")
 
 from launch.train.job import LOG_FILE, STEPS_FILE, SUMMARY_FILE, Job, JobError, run_job
+from tests.launcher import heed_interrupts
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -75,7 +76,14 @@ def test_all_processes_end_when_the_demo_is_interrupted(tmp_path: Path, number: 
     run_dir = tmp_path / "demo"
     command = [sys.executable, "launch/train/demo.py", "--steps", "100000", "--run-dir", str(run_dir)]
     with (tmp_path / "output").open("wb") as output:
-        demo = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        demo = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=heed_interrupts,
+        )
         try:
             steps = run_dir / "fp32" / STEPS_FILE
             deadline = time.monotonic() + 150
@@ -86,11 +94,7 @@ def test_all_processes_end_when_the_demo_is_interrupted(tmp_path: Path, number: 
             ranks = training_processes(run_dir)
             assert len(ranks) >= 2
             demo.send_signal(number)
-            try:
-                assert demo.wait(timeout=60) == 130
-            except subprocess.TimeoutExpired:  # Python drops an interrupt that reaches it within a destructor
-                demo.send_signal(number)
-                assert demo.wait(timeout=60) == 130
+            assert demo.wait(timeout=40) == 130
         finally:
             if demo.poll() is None:
                 os.killpg(demo.pid, signal.SIGKILL)

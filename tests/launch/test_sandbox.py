@@ -13,6 +13,7 @@ import pytest
 from launch import sandbox
 from launch.sandbox import Job, run_job
 from launch.virtual_hosts import Network, SandboxError, interface_bytes
+from tests.launcher import heed_interrupts
 
 ROOT = Path(__file__).resolve().parents[2]
 REASON = sandbox.obstacle()
@@ -137,7 +138,7 @@ def test_nothing_is_left_after_a_signal(number: signal.Signals) -> None:
     seconds = f"{12345 + number}.{os.getpid()}"  # of a sleep that no other process has
     before = interfaces()
     command = [sys.executable, "launch/sandbox.py", "--host", "torch", "--", "sh", "-c", f"echo up; sleep {seconds}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     assert process.stdout is not None
     assert "up" in process.stdout.readline()
     assert sleeping(seconds)
