@@ -47,10 +47,12 @@ from qoda_kernels.statistics import HistogramStatistics
 from qoda_kernels.tails import TailSettings, fit_tail, truncation
 from qoda_kernels.wire import MessageContext
 
+_MEANS = ("accuracy_at_a_third", "last_losses", "relative_error")
 METHODS = ("fp32", "QSGD", "NQSGD", "TUQ", "TNQ", "TBQ", "ours-adaptive", "ours-tnq-feedback")
 _UNCLIPPED = {"QSGD": "tuq", "NQSGD": "tnq"}
 _LEVELS = {"TUQ": "tuq", "TNQ": "tnq", "TBQ": "tbq", "ours-tnq-feedback": "tnq"}
 _BATCH = 1000
+_LAST = 50  # iterations whose losses are averaged
 
 
 class SmallAlexNet(nn.Sequential):
@@ -102,6 +104,12 @@ class Clients:
         self._fits: dict[str, Any] = {}
         self._residuals: dict[tuple[int, str], torch.Tensor] = {}
         self.sent_bits = 0.0
+        self._squared_errors: list[float] = []
+
+    @property
+    def relative_error(self) -> float:
+        """Squared error of the mean over the clients, of the mean's square; mean over the iterations so far."""
+        return statistics.fmean(self._squared_errors) if self._squared_errors else 0.0
 
     def mean(self, gradients: Sequence[Mapping[str, torch.Tensor]], step: int, seed: int) -> dict[str, torch.Tensor]:
         """Mean over the clients of what their messages decode to; parameters that travel exact are not quantized."""
@@ -127,9 +135,14 @@ class Clients:
             if self._method.endswith("feedback"):
                 for name in self.quantized:
                     self._residuals[rank, name] = own[name] - decoded[-1][name]
+        error = power = 0.0
         for name in self.quantized:
             mean = sum(parts[name] for parts in decoded) / count
-            total[name] = mean.view(gradients[0][name].shape)  # type: ignore[union-attr]  # as above
+            mean = mean.view(gradients[0][name].shape)  # type: ignore[union-attr]  # as above
+            error += float(((mean - total[name]) ** 2).sum())
+            power += float((total[name] ** 2).sum())  # type: ignore[union-attr]  # as above
+            total[name] = mean
+        self._squared_errors.append(error / power if power > 0.0 else 0.0)
         return total  # type: ignore[return-value]  # as above
 
     def _corrected(self, rank: int, name: str, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -162,29 +175,43 @@ class Clients:
 
 
 def train(method: str, seed: int, dataset: Dataset, options: argparse.Namespace) -> dict[str, Any]:
-    """One run: its test accuracy, and the bits that a client sends per quantized coordinate."""
+    """One run.
+
+    Returns:
+        Its test accuracy at the end and after a third of the iterations, the mean training loss of the last ones, the
+        error of the mean gradient, and the bits that a client sends per quantized coordinate.
+    """
     torch.manual_seed(seed)
     model = SmallAlexNet()
     clients = Clients(model, method, options)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=5e-4)
     shares = _shares(dataset.train, options.clients, options.skew, seed)
     batches = [np.random.default_rng([seed, rank]) for rank in range(options.clients)]
+    losses: list[float] = []
+    early = 0.0
     for step in range(options.iterations):
         gradients = []
         for rank, share in enumerate(shares):
             batch = dataset.train.select(share[batches[rank].integers(len(share), size=options.batch_size)])
             optimizer.zero_grad()
-            F.cross_entropy(model(batch.images), batch.labels).backward()
+            loss = F.cross_entropy(model(batch.images), batch.labels)
+            loss.backward()
+            losses.append(loss.item())
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         mean = clients.mean(gradients, step, seed)
         for name, parameter in model.named_parameters():
             parameter.grad = mean[name]
         optimizer.step()
+        if step + 1 == max(1, options.iterations // 3):
+            early = 100.0 * _accuracy(model, dataset.test)
     accuracy = 100.0 * _accuracy(model, dataset.test)
     return {
         "method": method,
         "seed": seed,
         "accuracy": accuracy,
+        "accuracy_at_a_third": early,
+        "last_losses": statistics.fmean(losses[-_LAST * options.clients :]),
+        "relative_error": clients.relative_error,
         "bits_on_wire": clients.sent_bits / options.iterations,
     }
 
@@ -225,6 +252,7 @@ def table(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> lis
                 "seeds": [run["seed"] for run in of_method],
                 "accuracy_mean": statistics.fmean(scores),
                 "accuracy_se": error,
+                **{name: statistics.fmean(run[name] for run in of_method) for name in _MEANS},
                 "settings": dict(settings),
             }
         )
@@ -255,7 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = table(runs, settings)
     for row in rows:
         error = "" if row["accuracy_se"] is None else f" +- {row['accuracy_se']:.2f}"
-        print(f"{row['method']:20s} {row['bits_on_wire']:6.2f} bits  {row['accuracy_mean']:.2f}{error} %")
+        print(
+            f"{row['method']:20s} {row['bits_on_wire']:6.2f} bits  {row['accuracy_mean']:.2f}{error} %  "
+            f"after a third {row['accuracy_at_a_third']:.2f} %  loss {row['last_losses']:.4f}  "
+            f"error of the mean gradient {row['relative_error']:.3f}"
+        )
     if options.json is not None:
         write_json(options.json, rows)
     return 0
