@@ -1,4 +1,4 @@
-"""The command `hvd-qoda`: what compression would bring (`advise`), and what is installed here (`check`)."""
+"""The command `hvd-qoda`: what compression would bring (`advise`), what is installed (`check`), pictures (`report`)."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hvd_qoda import advise, check
+from hvd_qoda import advise, check, report
 from hvd_qoda.errors import QodaError
 from qoda_kernels import __version__
 
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hvd-qoda", description=__doc__)
     parser.add_argument("--version", action="version", version=f"hvd-qoda {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (advise, check):
+    for module in (advise, check, report):
         command = commands.add_parser(
             module.NAME,
             help=module.SUMMARY,

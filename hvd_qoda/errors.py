@@ -10,6 +10,7 @@ __all__ = [
     "QodaError",
     "RankMismatchError",
     "RegistryError",
+    "ReportError",
     "UnsupportedError",
     "WireError",
 ]
@@ -29,3 +30,7 @@ class UnsupportedError(QodaError, RuntimeError):
 
 class ExchangeTimeoutError(QodaError, TimeoutError):
     """A peer did not take part in an exchange before the deadline."""
+
+
+class ReportError(QodaError, RuntimeError):
+    """Pictures of a run that cannot be drawn; the message says what is missing."""

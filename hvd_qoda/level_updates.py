@@ -43,6 +43,7 @@ class LevelUpdates:
         }
         self._merged: dict[str, ExchangedStatistics] = {}  # the same on every rank
         self._own: dict[str, ExchangedStatistics] = {}  # of this rank in this step, by parameter
+        self._learnt: dict[str, ExchangedStatistics] = {}  # from what the last update has made levels
         self._begun = 0  # the last step that has begun
         self._asked_step, self._asked_gathers = 0, False
 
@@ -63,9 +64,15 @@ class LevelUpdates:
         if not usable:
             return registry
         # Each is of the class that `_statistics` names for its codebook, and all of these are one or the other.
+        self._learnt = usable
         updated = registry.updated(cast(Mapping[str, Distribution | MagnitudeStatistics], usable))
         check_agreement(transport, {f"levels at step {step}": updated.describe()["codebooks"]}, "hvd_qoda.levels")
         return updated
+
+    def take_learnt(self) -> dict[str, ExchangedStatistics]:
+        """By codebook key, the statistics from which levels were made in this step; once, then forgotten."""
+        learnt, self._learnt = self._learnt, {}
+        return learnt
 
     def wants(self, step: int, key: str) -> bool:
         """Whether gradients of this codebook are to be gathered in this step."""

@@ -25,6 +25,7 @@ from hvd_qoda.description import training_description
 from hvd_qoda.error_feedback import ErrorFeedback
 from hvd_qoda.errors import ConfigError, QodaError, RankMismatchError, RegistryError
 from hvd_qoda.exchange import Exchange, Stamp
+from hvd_qoda.learnt import learnt_record
 from hvd_qoda.level_updates import LevelUpdates
 from hvd_qoda.optim.worker_norms import WorkerNorms
 from hvd_qoda.scheme_choice import SchemeChoice
@@ -408,7 +409,8 @@ class Session:
         if not self._reported_codebooks:
             telemetry.start(self.config.to_dict(), {key: book.to_dict() for key, book in codebooks.items()})
         changed = [key for key, book in codebooks.items() if self._reported_codebooks.get(key) != book]
-        records = self._account.records(codebooks, sent_bytes, changed)
+        learnt = {key: learnt_record(read, codebooks[key]) for key, read in self._levels.take_learnt().items()}
+        records = self._account.records(codebooks, sent_bytes, changed, learnt)
         telemetry.log_exchange(self.step, records, self.registry.version, self._note)
         self._reported_codebooks = dict(codebooks)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_qoda.telemetry import LayerTypeRecord
+from hvd_qoda.telemetry import LayerTypeRecord, LearntRecord
 from qoda_kernels.codebook import EXACT_BITS, Codebook
 
 __all__ = ["CONTROL", "StepAccount"]
@@ -60,7 +60,11 @@ class StepAccount:
         self._sums.setdefault(key, _Sums()).measured = True
 
     def records(
-        self, codebooks: Mapping[str, Codebook], total_bytes: float, show_levels: Iterable[str]
+        self,
+        codebooks: Mapping[str, Codebook],
+        total_bytes: float,
+        show_levels: Iterable[str],
+        learnt: Mapping[str, LearntRecord | None] | None = None,
     ) -> list[LayerTypeRecord]:
         """One record per codebook that took part, and one of the control bytes.
 
@@ -68,6 +72,7 @@ class StepAccount:
             codebooks: the step's codebooks.
             total_bytes: all bytes that left this rank in the step; what no tensor explains is control.
             show_levels: keys of the codebooks whose levels are to be recorded.
+            learnt: what codebooks, by key, have just learnt from.
         """
         shown = set(show_levels)
         records = [
@@ -79,6 +84,7 @@ class StepAccount:
                 sent_bytes=round(sums.sent_bytes),
                 relative_error=_relative_error(sums),
                 levels=codebooks[key].levels if key in shown and not codebooks[key].is_exact else None,
+                learnt=(learnt or {}).get(key),
             )
             for key, sums in self._sums.items()
         ]

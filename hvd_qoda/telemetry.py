@@ -31,7 +31,9 @@ import torch
 from hvd_qoda.errors import QodaError
 
 __all__ = [
+    "MAGNITUDE_EDGES",
     "LayerTypeRecord",
+    "LearntRecord",
     "Sink",
     "StartRecord",
     "StatefulSink",
@@ -44,6 +46,9 @@ __all__ = [
 
 OnError = Literal["warn", "raise"]
 
+MAGNITUDE_EDGES = (0.0, *(2.0**octave * (1.0 + quarter / 4.0) for octave in range(-8, 0) for quarter in range(4)), 1.0)
+"""Edges of the histograms of normalised magnitudes in records: four cells in each octave from 2**-8 to 1."""
+
 _RESERVED_PREFIXES = ("qoda/", "step_size/", "_")
 
 
@@ -53,6 +58,28 @@ class TelemetryError(QodaError, RuntimeError):
 
 class TelemetryWarning(UserWarning):
     """A sink failed while training went on: some records are missing there."""
+
+
+@dataclass(frozen=True)
+class LearntRecord:
+    """What new levels were learnt from; of all ranks' gradients since the update before.
+
+    Raises TelemetryError unless there is one share for each cell of MAGNITUDE_EDGES, and one more.
+    """
+
+    shares: tuple[float, ...]  # of the magnitudes divided by their norm or clip value, by cell, weighted as the levels'
+    # statistics are; the last one is of those at or beyond 1. Zeros are left out.
+    tail_index: float | None = None  # exponent gamma of a power law; None: no tail to fit it to
+    clip: float = 0.0  # magnitude at which the codebook clips; 0: it does not
+
+    def __post_init__(self) -> None:
+        if len(self.shares) != len(MAGNITUDE_EDGES):
+            raise TelemetryError(f"{len(self.shares)} shares of magnitudes, expected {len(MAGNITUDE_EDGES)}")
+        object.__setattr__(self, "shares", tuple(float(share) for share in self.shares))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values; `LearntRecord(**values)` inverts."""
+        return {"shares": list(self.shares), "tail_index": self.tail_index, "clip": self.clip}
 
 
 @dataclass(frozen=True)
@@ -69,6 +96,7 @@ class LayerTypeRecord:
     sent_bytes: int  # what this rank sent, headers and padding included
     relative_error: float | None = None  # ||Q(v) - v||^2 / ||v||^2 of this rank's own messages; None: not measured
     levels: tuple[float, ...] | None = None  # given in the first step and whenever they changed
+    learnt: LearntRecord | None = None  # given when the levels were learnt anew
 
     def __post_init__(self) -> None:
         # Tensors' and NumPy's own numbers are as welcome as Python's, but records hold what every sink can write.
@@ -85,12 +113,14 @@ class LayerTypeRecord:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values; `from_dict` inverts."""
         plain = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        return plain | {"levels": None if self.levels is None else list(self.levels)}
+        levels = None if self.levels is None else list(self.levels)
+        return plain | {"levels": levels, "learnt": None if self.learnt is None else self.learnt.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerTypeRecord:
         """The record that `to_dict` described."""
-        return cls(**values)
+        learnt = values.get("learnt")  # records written before it was noted have none
+        return cls(**{**values, "learnt": None if learnt is None else LearntRecord(**learnt)})
 
 
 @dataclass(frozen=True)
@@ -497,8 +527,9 @@ def flat_metrics(record: StepRecord) -> dict[str, float]:
     """The record as metric names and numbers, for trackers of scalars.
 
     Names: qoda/bytes_raw, qoda/bytes_sent, qoda/compression_ratio, qoda/relative_error, qoda/registry_version;
-    qoda/<layer type>/bits, .../bytes_raw, .../bytes_sent, .../relative_error; step_size/<name>; the training loop's
-    scalars under their own names. What was not measured, or not exchanged, is absent.
+    qoda/<layer type>/bits, .../bytes_raw, .../bytes_sent, .../relative_error, .../tail_index;
+    step_size/<name>; the training loop's scalars under their own names. What was not measured, or not exchanged, is
+    absent.
     """
     metrics: dict[str, float | None] = {}
     if record.layer_types:
@@ -513,6 +544,7 @@ def flat_metrics(record: StepRecord) -> dict[str, float]:
         metrics[f"{prefix}/bytes_raw"] = entry.raw_bytes
         metrics[f"{prefix}/bytes_sent"] = entry.sent_bytes
         metrics[f"{prefix}/relative_error"] = entry.relative_error
+        metrics[f"{prefix}/tail_index"] = None if entry.learnt is None else entry.learnt.tail_index
     metrics.update({f"step_size/{name}": value for name, value in record.step_sizes.items()})
     metrics.update(record.scalars)
     return {name: value for name, value in metrics.items() if value is not None}
@@ -546,6 +578,7 @@ def _sum(step: int, group: Sequence[LayerTypeRecord]) -> LayerTypeRecord:
         sent_bytes=sum(record.sent_bytes for record in group),
         relative_error=_mean_error(group),
         levels=next((record.levels for record in reversed(group) if record.levels is not None), None),
+        learnt=next((record.learnt for record in reversed(group) if record.learnt is not None), None),
     )
 
 

@@ -53,10 +53,15 @@ def run_steps(
 def test_levels_are_those_of_all_ranks_samples() -> None:
     config = configuration()
     start = registry_of(config)
+    learnt: list[dict[str, Any]] = []
 
     def train(transport: Any) -> CodebookRegistry:
         order = 1 if transport.rank == 0 else -1  # hooks fire in another order on every rank
-        return run_steps(LevelUpdates(config.update_levels, start), start, transport, range(1, 5), order)
+        updates = LevelUpdates(config.update_levels, start)
+        trained = run_steps(updates, start, transport, range(1, 5), order)
+        learnt.append(updates.take_learnt())
+        assert updates.take_learnt() == {}
+        return trained
 
     registries = InMemoryGroup(3).run(train)
     assert all(registry.digest == registries[0].digest for registry in registries)
@@ -67,6 +72,7 @@ def test_levels_are_those_of_all_ranks_samples() -> None:
         for rank in range(3):
             parts = [HistogramStatistics.gather(gradient(name, rank, step).numpy(), 512, "max") for name in SIZES]
             everything = everything.merge(HistogramStatistics.merge_in_order(parts))
+    np.testing.assert_allclose([found[key].to_array() for found in learnt], [everything.to_array()] * 3)
     wanted = minimum_variance_levels(everything, 5, previous=start.codebooks[key].levels)
     np.testing.assert_allclose(registries[0].codebooks[key].levels, wanted, rtol=1e-6)
 

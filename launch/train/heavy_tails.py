@@ -10,6 +10,7 @@ their messages are encoded and decoded by the real codec. Methods:
     NQSGD       the same with the papers' non-uniform density
     TUQ, TNQ, TBQ   clipped; alpha by the papers' fixed point, refitted from all clients' magnitudes
     ours-adaptive       levels of least variance in buckets of 512
+    ours-stratified     the same, the clients' random numbers stratified
     ours-tnq-feedback   TNQ, expected optimum, with error feedback
 
 The papers' s is 2^b - 1 intervals without a point at 0; code words here have a true zero and 2^b - 2 intervals. The
@@ -48,9 +49,16 @@ from qoda_kernels.tails import TailSettings, fit_tail, truncation
 from qoda_kernels.wire import MessageContext
 
 _MEANS = ("accuracy_at_a_third", "last_losses", "relative_error")
-METHODS = ("fp32", "QSGD", "NQSGD", "TUQ", "TNQ", "TBQ", "ours-adaptive", "ours-tnq-feedback")
+METHODS = ("fp32", "QSGD", "NQSGD", "TUQ", "TNQ", "TBQ", "ours-adaptive", "ours-stratified", "ours-tnq-feedback")
 _UNCLIPPED = {"QSGD": "tuq", "NQSGD": "tnq"}
-_LEVELS = {"TUQ": "tuq", "TNQ": "tnq", "TBQ": "tbq", "ours-tnq-feedback": "tnq"}
+_LEVELS = {
+    "ours-adaptive": "adaptive",
+    "ours-stratified": "adaptive",
+    "TUQ": "tuq",
+    "TNQ": "tnq",
+    "TBQ": "tbq",
+    "ours-tnq-feedback": "tnq",
+}
 _BATCH = 1000
 _LAST = 50  # iterations whose losses are averaged
 
@@ -92,7 +100,7 @@ class Clients:
         self._method = method
         self._options = options
         tails = TailSettings("expected" if method.startswith("ours") else "fixed_point")
-        levels = _LEVELS.get(method, "adaptive" if method == "ours-adaptive" else "tuq")
+        levels = _LEVELS.get(method, "tuq")
         self.registry = CodebookRegistry.build(model, LayerSettings(options.bits, levels=levels, tails=tails))
         entries = self.registry.parameters.items()
         self.quantized = [name for name, entry in entries if not self.registry.codebooks[entry.codebook].is_exact]
@@ -128,7 +136,8 @@ class Clients:
             books = self._books_of_client(own)
             plan = MessagePlan.build(self._slices, books)
             codec = Codec(plan, books)
-            context = MessageContext(seed, step, rank, 0, 0, rank, 0)
+            strata = count if self._method == "ours-stratified" else 1
+            context = MessageContext(seed, step, rank, 0, 0, rank, 0, strata)
             message = codec.encode([own[name] for name in self.quantized], context)
             decoded.append(dict(zip(self.quantized, codec.decode_mean([message], [context]), strict=True)))
             self.sent_bits += 8.0 * message.numel() / plan.coordinates / count

@@ -47,7 +47,7 @@ def test_records_hold_plain_numbers() -> None:
     entry = LayerTypeRecord(
         "bias", np.int64(5), np.int32(3), torch.tensor(12), np.int64(4), torch.tensor(0.5), torch.tensor([0.0, 1.0])
     )
-    assert [type(value) for value in entry.to_dict().values()] == [str, int, int, int, int, float, list]
+    assert [type(value) for value in entry.to_dict().values()] == [str, int, int, int, int, float, list, type(None)]
     assert entry.levels == (0.0, 1.0)
 
 
