@@ -1,8 +1,9 @@
 """Puts the plug-in into every process that DeepSpeed's own tests start; used by `run_deepspeed_tests.py`.
 
 DeepSpeed's tests run in processes that they spawn, which import nothing of ours. Python imports this module when it
-starts, from a folder that only those tests have on their path. Every configuration without a "qoda" block gets one. At
-the end a process writes how many steps went through the plug-in, so that a test cannot pass by not using it.
+starts, from a folder that only those tests have on their path. Every configuration without a "qoda" block gets one,
+unless the number of bits is "none": so the tests without the plug-in are otherwise run in the same way. At the end a
+process writes how many steps went through the plug-in, so that a test cannot pass by not using it.
 """
 
 import importlib.abc
@@ -18,13 +19,15 @@ BITS_VARIABLE, COUNT_VARIABLE = "HVD_QODA_UPSTREAM_BITS", "HVD_QODA_UPSTREAM_COU
 
 
 def _substitute(deepspeed: Any) -> None:
+    # Else every process compiles it; the CPU's collectives work without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ[BITS_VARIABLE] == "none":
+        return
     import ds_plugin
 
     bits = int(os.environ[BITS_VARIABLE])
     original = deepspeed.initialize
     states: list[Any] = []
-    # Else every process compiles it; the CPU's collectives work without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     def initialize(*arguments: Any, config: Any = None, config_params: Any = None, **more: Any) -> Any:
         config = config_params if config is None else config
