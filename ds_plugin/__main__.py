@@ -1,10 +1,12 @@
-"""Look at a DeepSpeed configuration before a run: python -m ds_plugin check ds_config.json."""
+"""Look at a DeepSpeed configuration, or at a checkpoint, before a run: python -m ds_plugin check ds_config.json."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ds_plugin.config import BLOCK, parse_block, read_file, refuse_unsupported
+from ds_plugin.note import describe
 from ds_plugin.versions import SUPPORTED
 from hvd_qoda.errors import QodaError
 
@@ -17,19 +19,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ds_plugin", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help=f'say what the "{BLOCK}" block of a configuration does')
-    check.add_argument("configuration", help="a DeepSpeed configuration, JSON")
+    check = commands.add_parser("check", help=f'say what a "{BLOCK}" block does, or what a checkpoint needs')
+    check.add_argument("path", type=Path, help="a DeepSpeed configuration, JSON, or the folder of a checkpoint")
     chosen = parser.parse_args(arguments)
     try:
-        return _check(chosen.configuration)
+        if chosen.path.is_dir():
+            print(f"{describe(chosen.path)}\nDeepSpeed: {_installed()}")
+            return 0
+        return _check(chosen.path)
     except QodaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def _check(path: str) -> int:
+def _check(path: Path) -> int:
     configuration = read_file(path)
-    config = parse_block(configuration, path)
+    config = parse_block(configuration, str(path))
     if config is None:
         print(f'{path} has no block "{BLOCK}": gradients travel uncompressed', file=sys.stderr)
         return 1

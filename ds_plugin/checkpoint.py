@@ -3,6 +3,10 @@
 What all ranks have in common (levels, statistics, numbers of steps and exchanges) is saved in the client state under
 "qoda", by DeepSpeed itself. What only one rank has (its last messages with worker_norms, its residuals with
 error_feedback) is saved beside it, by every rank, in qoda_rank_<rank>.pt.
+
+DeepSpeed alone reads such a checkpoint as any other: the model goes on with uncompressed gradients, and "qoda" is one
+more key of the client state. So that this does not happen unnoticed there is a note beside the state, qoda.json, for
+people and for `python -m ds_plugin check CHECKPOINT` (`ds_plugin.note`).
 """
 
 import logging
@@ -14,6 +18,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from ds_plugin import note
 from ds_plugin.engine import EngineState, state_of
 from hvd_qoda.errors import ConfigError
 
@@ -50,7 +55,10 @@ def save(
     private = state.reducer.private_state()
     if private is not None:
         torch.save(private, _private_file(save_dir, tag, engine))
-        deepspeed.comm.barrier()
+    if engine.global_rank == 0:
+        names = [_private_file(save_dir, tag, engine, rank).name for rank in range(state.reducer.transport.size)]
+        note.write(Path(save_dir, tag), engine._config._param_dict, names if private is not None else [])
+    deepspeed.comm.barrier()
     return result
 
 
@@ -68,7 +76,8 @@ def load(
     """`engine.load_checkpoint`, with the plug-in's state, which goes on where it was saved.
 
     It starts anew, with a warning, where the checkpoint has no such state; and silently, like the optimizer, where only
-    the model or no optimizer state is loaded.
+    the model or no optimizer state is loaded. An engine without a "qoda" block leaves the state in the client state,
+    with a warning.
 
     Raises:
         RegistryError: on every rank, for the state of another model or configuration.
@@ -85,6 +94,12 @@ def load(
         custom_load_fn=custom_load_fn,
     )
     state = state_of(engine)
+    if state is None and path is not None and KEY in client_state:
+        _logger.warning(
+            'the checkpoint %s comes from a training with compressed gradients, and this engine has no "qoda" block: '
+            "it goes on from the same weights with DeepSpeed's own gradients",
+            path,
+        )
     if state is None or path is None:
         return path, client_state
     saved = client_state.pop(KEY, None)
@@ -118,5 +133,5 @@ def _restore(engine: Any, state: EngineState, saved: dict[str, Any], folder: Pat
     state.reducer.load_state_dict(saved, private)
 
 
-def _private_file(folder: str | os.PathLike[str], tag: str, engine: Any) -> Path:
-    return Path(folder) / tag / f"{KEY}_rank_{engine.global_rank:05d}.pt"
+def _private_file(folder: str | os.PathLike[str], tag: str, engine: Any, rank: int | None = None) -> Path:
+    return Path(folder) / tag / f"{KEY}_rank_{engine.global_rank if rank is None else rank:05d}.pt"

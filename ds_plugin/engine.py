@@ -18,6 +18,7 @@ from ds_plugin.slices import BufferMap, Piece, joined, whole_parameters
 from hvd_qoda.agreement import check_agreement
 from hvd_qoda.config import QodaConfig
 from hvd_qoda.errors import ConfigError, UnsupportedError
+from hvd_qoda.optim import QODA
 from hvd_qoda.session import Session
 from hvd_qoda.telemetry import Telemetry
 from hvd_qoda.torch_distributed import TorchTransport
@@ -206,8 +207,23 @@ def _refuse_parallelism(engine: Any, config: QodaConfig) -> None:
         raise UnsupportedError(f'the "{BLOCK}" block does not support sequence parallelism: leave the block out')
     if engine.mpu is not None and engine.mp_world_size > 1:
         raise UnsupportedError(f'the "{BLOCK}" block does not support model parallelism: leave the block out')
-    if engine.has_moe_layers and config.worker_norms:
+    if engine.has_moe_layers:
+        _refuse_with_experts(engine, config)
+
+
+def _refuse_with_experts(engine: Any, config: QodaConfig) -> None:
+    if config.worker_norms:
         raise UnsupportedError(f"{BLOCK}.worker_norms is one sum over one model, and ranks hold different experts")
+    if config.error_feedback:
+        raise UnsupportedError(
+            f"{BLOCK}.error_feedback does not support experts, whose gradients travel in other groups of ranks: set it "
+            "to false"
+        )
+    if engine.optimizer_name() == QODA.__name__ or isinstance(engine.client_optimizer, QODA):
+        raise UnsupportedError(
+            "QODA computes its step sizes from norms over the whole model, and ranks hold different experts: use "
+            "QODAdam"
+        )
 
 
 def _settings(engine: Any) -> dict[str, Any]:

@@ -11,13 +11,9 @@ gradient_bytes_per_step is the difference.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shlex
-import shutil
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -29,11 +25,11 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: make the project's folder importable instead of this one
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from launch.own_network import UNSHARE, bring_loopback_up, loopback_bytes, may_make_a_network
 from launch.train.options import HelpFormatter, not_negative, positive
 
 _ROOT = Path(__file__).resolve().parents[2]
 _RESULTS = Path(__file__).resolve().parents[1] / "results" / "deepspeed.json"
-_UNSHARE = ("unshare", "--map-root-user", "--net")
 _INSIDE = "HVD_QODA_OWN_NETWORK"
 _WARM_UP, _MEASURED = 12, 8  # levels are fitted in the warm-up
 _SEED_OF_FLOOR = -1
@@ -84,30 +80,6 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
                 yield Case(stage, dtype, options.bits, seed)
 
 
-def may_make_a_network() -> bool:
-    """Whether this user may make a network namespace."""
-    if shutil.which(_UNSHARE[0]) is None:
-        return False
-    return subprocess.run([*_UNSHARE, "true"], capture_output=True, check=False).returncode == 0
-
-
-def bring_loopback_up() -> None:
-    """What `ip link set lo up` does."""
-    get_flags, set_flags, up = 0x8913, 0x8914, 1
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        flags = struct.unpack("16sh", fcntl.ioctl(control, get_flags, struct.pack("16sh", b"lo", 0)))[1]
-        fcntl.ioctl(control, set_flags, struct.pack("16sh", b"lo", flags | up))
-
-
-def interface_bytes() -> int:
-    """Bytes that the loopback interface has sent."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, fields = line.partition(":")
-        if name.strip() == "lo":
-            return int(fields.split()[8])
-    raise LookupError("no loopback interface")
-
-
 def configuration(case: Case) -> dict[str, Any]:
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
@@ -150,7 +122,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     for step in range(steps):
         if step in (_WARM_UP, _WARM_UP + _MEASURED):
             torch.distributed.barrier()
-            begin, end = end, interface_bytes()
+            begin, end = end, loopback_bytes()
             torch.distributed.barrier()
         windows = text.batch(step, rank, engine.train_micro_batch_size_per_gpu(), 64, max(case.seed, 0))
         loss = engine(windows)
@@ -159,7 +131,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         losses.append(float(loss))
     if steps == _WARM_UP + _MEASURED:
         torch.distributed.barrier()
-        begin, end = end, interface_bytes()
+        begin, end = end, loopback_bytes()
     mean = torch.tensor(sum(losses[-10:]) / 10)
     torch.distributed.all_reduce(mean)
     identical = replicas_identical(engine)
@@ -274,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work(options)
         return 0
     if os.environ.get(_INSIDE) is None and may_make_a_network():
-        own = [*_UNSHARE, sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
+        own = [*UNSHARE, sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
         return subprocess.run(own, env={**os.environ, _INSIDE: "1"}, check=False).returncode
     if os.environ.get(_INSIDE) is not None:
         bring_loopback_up()

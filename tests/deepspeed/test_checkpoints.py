@@ -1,6 +1,9 @@
 """Checkpoints by engine.save_checkpoint: an exact resume, and what happens where the two sides differ."""
 
+import json
 import logging
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,12 @@ import pytest
 import torch
 
 import ds_plugin
+from ds_plugin.__main__ import main
+from ds_plugin.note import describe
+from hvd_qoda.errors import ConfigError
+from tests.deepspeed.plain_engine import Small
 from tests.deepspeed.training import batches, configuration, digest, engine_of, error_of, train_steps, weights
-from tests.launcher import RankPool
+from tests.launcher import ROOT, RankPool, child_environment
 
 QODA = {"bits": 5, "update_levels": {"at": [3, 6], "every": None, "samples": 3}}
 OPTIMIZERS = {
@@ -72,6 +79,14 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
         assert "qoda" not in found["keys"]
         private = [] if optimizer == "QODAdam" else ["qoda_rank_00000.pt", "qoda_rank_00001.pt"]
         assert found["files"] == private
+    shown = describe(tmp_path)
+    assert "import ds_plugin" in shown
+    assert ("files of single ranks: 2, all there" in shown) == bool(private)
+    assert "is known to DeepSpeed only after" in shown
+    for name in private[:1]:
+        next(tmp_path.rglob(name)).unlink()
+        with pytest.raises(ConfigError, match="lacks qoda_rank_00000"):
+            describe(tmp_path)
 
 
 def mixed(folder: str) -> dict[str, Any]:
@@ -86,6 +101,7 @@ def mixed(folder: str) -> dict[str, Any]:
     with engine_of(configuration(2, "fp32")) as engine:
         path, client_state = engine.load_checkpoint(f"{folder}/compressed")
         results["without the block"] = path is not None and "qoda" in client_state
+        results["its warning"] = heard.messages.pop()
         train_steps(engine, batches(rank), 1)
         engine.save_checkpoint(f"{folder}/plain")
     with engine_of(configuration(2, "fp32", QODA)) as engine:
@@ -104,6 +120,7 @@ def mixed(folder: str) -> dict[str, Any]:
 def test_checkpoints_of_another_configuration(two_ranks: RankPool, tmp_path: Path) -> None:
     for found in two_ranks.run(mixed, str(tmp_path)):
         assert found["without the block"]
+        assert "this engine has no" in found["its warning"]
         messages, step = found["of a run without"]
         assert len(messages) == 1
         assert "without the" in messages[0]
@@ -113,6 +130,34 @@ def test_checkpoints_of_another_configuration(two_ranks: RankPool, tmp_path: Pat
         assert found["other bits"].startswith(
             "RegistryError: the saved state belongs to another model or configuration"
         )
+
+
+def saved_small(folder: str) -> list[float]:
+    with engine_of(configuration(0, "fp32", {"bits": 5, "min_numel": 16}), Small()) as engine:
+        for _ in range(3):
+            engine.backward(engine(torch.ones(2, 64)))
+            engine.step()
+        engine.save_checkpoint(folder)
+        return [float(parameter.detach().double().sum()) for parameter in engine.module.parameters()]
+
+
+def test_deepspeed_alone_goes_on_from_the_same_weights(
+    two_ranks: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = two_ranks.run(saved_small, str(tmp_path))[0]
+    program = [sys.executable, "-m", "tests.deepspeed.plain_engine", str(tmp_path), str(tmp_path / "meeting")]
+    environment = {**child_environment(), "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "1", "LOCAL_RANK": "0"}
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"weights": weights, "steps": 4, "client_state": found["client_state"], "plug-in": False}
+    assert "qoda" in found["client_state"]
+    assert main(["check", str(tmp_path)]) == 0
+    assert "Without the plug-in DeepSpeed loads it as any other" in capsys.readouterr().out
+    assert main(["check", str(tmp_path / "global_step3")]) == 0
+    (tmp_path / "global_step3" / "qoda.json").unlink()
+    assert main(["check", str(tmp_path)]) == 1
+    assert "comes from a training without a 'qoda' block" in capsys.readouterr().err
 
 
 def saved(folder: str) -> None:

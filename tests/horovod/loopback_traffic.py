@@ -5,15 +5,12 @@ there, so its counter holds what they send. Prints a JSON object: case -> [bytes
 both summed over the ranks.
 """
 
-import fcntl
 import json
-import socket
-import struct
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from launch.own_network import bring_loopback_up, loopback_bytes
 from tests.launcher import RankPool
 
 ELEMENTS = 2**22
@@ -24,23 +21,6 @@ CASES: dict[str, dict[str, Any]] = {
     "off": {"bits": 32},
     "plain": {},
 }
-
-
-def bring_loopback_up() -> None:
-    """What `ip link set lo up` does."""
-    get_flags, set_flags, up = 0x8913, 0x8914, 1
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        flags = struct.unpack("16sh", fcntl.ioctl(control, get_flags, struct.pack("16sh", b"lo", 0)))[1]
-        fcntl.ioctl(control, set_flags, struct.pack("16sh", b"lo", flags | up))
-
-
-def interface_bytes() -> int:
-    """Bytes that the loopback interface of this namespace has sent."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, fields = line.partition(":")
-        if name.strip() == "lo":
-            return int(fields.split()[8])
-    raise LookupError("no loopback interface")
 
 
 def traffic_of(case: str) -> tuple[int, int]:
@@ -69,14 +49,14 @@ def traffic_of(case: str) -> tuple[int, int]:
 
     step()  # compiles, and agrees
     hvd.barrier()
-    begin, sent, counted = time.monotonic(), compression.traffic, interface_bytes()
+    begin, sent, counted = time.monotonic(), compression.traffic, loopback_bytes()
     for _ in range(STEPS):
         step()
     hvd.barrier()
-    seconds, sent, counted = time.monotonic() - begin, compression.traffic - sent, interface_bytes() - counted
-    idle = interface_bytes()
+    seconds, sent, counted = time.monotonic() - begin, compression.traffic - sent, loopback_bytes() - counted
+    idle = loopback_bytes()
     time.sleep(1.0)
-    idle = interface_bytes() - idle
+    idle = loopback_bytes() - idle
     hvd.barrier()
     return sent.sent_bytes, round(counted - idle * seconds)
 

@@ -1,28 +1,17 @@
 """The bytes that our meters count are those that the network interface has sent, for plain Horovod and ours alike."""
 
 import json
-import shutil
 import subprocess
 import sys
 
 import pytest
 
+from launch.own_network import UNSHARE, may_make_a_network
 from tests.launcher import ROOT, child_environment
-
-UNSHARE = ["unshare", "--map-root-user", "--net"]
-
-
-def may_make_a_network_namespace() -> bool:
-    """Whether this user on this machine may."""
-    if shutil.which("unshare") is None:
-        return False
-    return subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.distributed
-@pytest.mark.skipif(
-    not may_make_a_network_namespace(), reason="needs permission for a network namespace (unshare --net)"
-)
+@pytest.mark.skipif(not may_make_a_network(), reason="needs permission for a network namespace (unshare --net)")
 @pytest.mark.parametrize("size", [4])
 def test_counted_bytes_are_those_of_the_network_interface(size: int) -> None:
     command = [*UNSHARE, sys.executable, "-m", "tests.horovod.loopback_traffic", str(size)]
