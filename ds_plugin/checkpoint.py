@@ -57,7 +57,8 @@ def save(
         torch.save(private, _private_file(save_dir, tag, engine))
     if engine.global_rank == 0:
         names = [_private_file(save_dir, tag, engine, rank).name for rank in range(state.reducer.transport.size)]
-        note.write(Path(save_dir, tag), engine._config._param_dict, names if private is not None else [])
+        optimizer = type(engine.basic_optimizer).__name__
+        note.write(Path(save_dir, tag), state.reducer.config, optimizer, names if private is not None else [])
     deepspeed.comm.barrier()
     return result
 

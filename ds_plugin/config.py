@@ -16,6 +16,9 @@ BLOCK = "qoda"
 def parse_block(configuration: Mapping[str, Any], source: str = "DeepSpeed configuration") -> QodaConfig | None:
     """The configuration of the "qoda" block, under the environment's values; None where there is no block.
 
+    The block may also be the path of a JSON or YAML file that holds it: Hugging Face's Trainer and accelerate take
+    every "auto" in the configuration for one that they have to fill in, so bits="auto" needs a file there.
+
     Args:
         configuration: the whole DeepSpeed configuration.
         source: where it comes from, for messages.
@@ -27,8 +30,10 @@ def parse_block(configuration: Mapping[str, Any], source: str = "DeepSpeed confi
         return None
     block = configuration[BLOCK]
     where = f'{source}, block "{BLOCK}"'
+    if isinstance(block, str):
+        return QodaConfig.load(block)
     if not isinstance(block, Mapping):
-        raise ConfigError(f"{where}: must map keys to values; got {block!r}")
+        raise ConfigError(f"{where}: must map keys to values, or be the path of a file; got {block!r}")
     # Not the whole configuration: its own keys have meanings of their own.
     return QodaConfig.from_environment(QodaConfig.from_dict({BLOCK: block}, where))
 

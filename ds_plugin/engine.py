@@ -18,7 +18,6 @@ from ds_plugin.slices import BufferMap, Piece, joined, whole_parameters
 from hvd_qoda.agreement import check_agreement
 from hvd_qoda.config import QodaConfig
 from hvd_qoda.errors import ConfigError, UnsupportedError
-from hvd_qoda.optim import QODA
 from hvd_qoda.session import Session
 from hvd_qoda.telemetry import Telemetry
 from hvd_qoda.torch_distributed import TorchTransport
@@ -218,11 +217,6 @@ def _refuse_with_experts(engine: Any, config: QodaConfig) -> None:
         raise UnsupportedError(
             f"{BLOCK}.error_feedback does not support experts, whose gradients travel in other groups of ranks: set it "
             "to false"
-        )
-    if engine.optimizer_name() == QODA.__name__ or isinstance(engine.client_optimizer, QODA):
-        raise UnsupportedError(
-            "QODA computes its step sizes from norms over the whole model, and ranks hold different experts: use "
-            "QODAdam"
         )
 
 

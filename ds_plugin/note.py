@@ -5,11 +5,11 @@ the folder and to `python -m ds_plugin check CHECKPOINT`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ds_plugin.config import BLOCK, parse_block
+from ds_plugin.config import BLOCK
+from hvd_qoda.config import QodaConfig
 from hvd_qoda.errors import ConfigError
 from hvd_qoda.optim import QODA, QODAdam
 from qoda_kernels import __version__
@@ -25,21 +25,21 @@ _ABOUT = (
 )
 
 
-def write(folder: Path, configuration: Mapping[str, Any], rank_files: Sequence[str]) -> None:
+def write(folder: Path, config: QodaConfig, optimizer: str | None, rank_files: Sequence[str]) -> None:
     """Write the note.
 
     Args:
         folder: of the checkpoint, with its tag.
-        configuration: the whole DeepSpeed configuration.
+        config: of the "qoda" block.
+        optimizer: name of the class.
         rank_files: names of the ranks' own files; empty if there are none.
     """
-    optimizer = configuration.get("optimizer", {}).get("type")
     values = {
         "about": _ABOUT,
         "hvd_qoda": __version__,
         "optimizer": optimizer if optimizer in (QODA.__name__, QODAdam.__name__) else None,
         "rank_files": list(rank_files),
-        BLOCK: configuration[BLOCK],
+        BLOCK: config.to_dict(),
     }
     (folder / FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
@@ -62,14 +62,13 @@ def describe(checkpoint: Path) -> str:
             f"{folder} has no readable {FILE} ({error}): it comes from a training without a {BLOCK!r} block, or not "
             "all of it was copied"
         ) from None
-    config = parse_block({BLOCK: block}, str(folder / FILE))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
             f"{folder} lacks {', '.join(missing)}: these ranks' last gradients or residuals would be taken for zero"
         )
     lines = [f"{folder}: {values['about']}", f'block "{BLOCK}": {json.dumps(block)}']
-    if config is not None and (config.worker_norms or config.error_feedback):
+    if files:
         lines.append(f"files of single ranks: {len(files)}, all there")
     if optimizer is not None:
         lines.append(f'"optimizer": {{"type": "{optimizer}"}} is known to DeepSpeed only after import ds_plugin')

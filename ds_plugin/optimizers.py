@@ -36,7 +36,7 @@ def adapt_optimizer(engine: Any, reducer: GradientReducer) -> None:
     """Prepare one of our optimizers for what the engine's wrapper has made of its parameters.
 
     Raises:
-        UnsupportedError: for QODA with several parameter groups, or several of ZeRO 3's sub-groups.
+        UnsupportedError: for QODA with experts, several parameter groups, or several of ZeRO 3's sub-groups.
     """
     optimizer = engine.basic_optimizer
     if not isinstance(optimizer, EagerStateOptimizer):
@@ -45,6 +45,11 @@ def adapt_optimizer(engine: Any, reducer: GradientReducer) -> None:
     for state in optimizer.state.values():
         for tensor in state.values():
             tensor.zero_()  # wrappers of 16-bit models take a step with zero gradients to have state created
+    if isinstance(optimizer, QODA) and engine.has_moe_layers:
+        raise UnsupportedError(
+            "QODA computes its step sizes from norms over the whole model, and ranks hold different experts: use "
+            "QODAdam"
+        )
     if isinstance(optimizer, QODA) and engine.zero_optimization_stage() > 0:
         _refuse_several_groups(engine, optimizer)
         optimizer.param_groups[0]["sum_of_parts"] = lambda part: _sum_over_ranks(reducer, part)

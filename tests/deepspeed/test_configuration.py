@@ -92,6 +92,15 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["check", str(tmp_path / "absent.json")]) == 1
 
 
+def test_the_block_in_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "qoda.yaml").write_text("bits: auto\nexchange: by_bytes\n")
+    config = parse_block({"qoda": str(tmp_path / "qoda.yaml")})
+    assert config is not None
+    assert (config.bits, config.exchange) == ("auto", "by_bytes")
+    with pytest.raises(ConfigError, match="nowhere"):
+        parse_block({"qoda": str(tmp_path / "nowhere.yaml")})
+
+
 def test_a_file_that_is_no_object(tmp_path: Path) -> None:
     path = tmp_path / "list.json"
     path.write_text("[]")

@@ -1,13 +1,16 @@
 """Several engines, ranks that disagree, optimizers by name, and where the numbers go."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
+import wandb
 from deepspeed.comm import comm
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ds_plugin
 from ds_plugin.backend import QodaBackend
@@ -26,6 +29,7 @@ from tests.deepspeed.training import (
     weights,
 )
 from tests.launcher import RankPool
+from tests.telemetry.offline_wandb import offline_files, read_finished_run
 
 QODA = {"bits": 5}
 
@@ -166,7 +170,12 @@ class ListSink:
 
 def reported(folder: str) -> dict[str, Any]:
     rank = torch.distributed.get_rank()
-    monitor = {"csv_monitor": {"enabled": True, "output_path": folder, "job_name": "run"}}
+    monitor = {
+        "csv_monitor": {"enabled": True, "output_path": f"{folder}/csv", "job_name": "run"},
+        "tensorboard": {"enabled": True, "output_path": f"{folder}/tensorboard", "job_name": "run"},
+        "wandb": {"enabled": True, "project": "tests"},
+    }
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": folder, "WANDB_SILENT": "true", "WANDB_DISABLE_GIT": "true"}
     qoda = {"bits": 5, "measure_error_every": 2, "update_levels": {"at": [3], "every": None, "samples": 2}}
     sink = ListSink()
     with engine_of(configuration(2, "fp32", qoda, **monitor)) as engine:
@@ -176,6 +185,8 @@ def reported(folder: str) -> dict[str, Any]:
         train_steps(engine, batches(rank), 5)
         telemetry.close()
         sent = ds_plugin.reducer_of(engine).traffic.sent_bytes
+    if rank == 0:
+        wandb.finish()
     return {"records": [record.to_dict() for record in sink.records], "sent": sent}
 
 
@@ -195,10 +206,20 @@ def test_records_reach_the_monitor_and_our_telemetry(two_ranks: RankPool, tmp_pa
     total = sum(parameter.numel() for parameter in model.parameters())
     assert records[0]["raw_bytes"] == total * 4  # of the all-reduce that DeepSpeed would make, with two ranks
     assert sum(record["sent_bytes"] for record in records) == pytest.approx(found["sent"], abs=100)  # whole bytes
-    files = {path.name for path in tmp_path.rglob("*.csv")}
-    assert "Train_qoda_bytes_sent.csv" in files
-    lines = next(tmp_path.rglob("Train_qoda_bytes_sent.csv")).read_text().splitlines()
-    assert len(lines) >= 5
+    expected = [(8 * record["step"], record["sent_bytes"]) for record in records]  # counted in samples
+    check_monitors(tmp_path, "Train/qoda/bytes_sent", expected)
+
+
+def check_monitors(folder: Path, metric: str, expected: list[tuple[int, int]]) -> None:
+    """A metric is in the files of all of DeepSpeed's monitors."""
+    file = next(folder.rglob(f"{metric.replace('/', '_')}.csv"))
+    rows = [line.split(",") for line in file.read_text().splitlines()[1:]]
+    assert [(int(step), float(value)) for step, value in rows] == expected
+    events = EventAccumulator(str(next(folder.glob("tensorboard/**/events*"))))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars(metric)] == expected
+    history = read_finished_run(offline_files(folder)[0]).history
+    assert [(row["_step"], row[metric]) for row in history if metric in row] == expected
 
 
 def unread() -> dict[str, str]:
