@@ -35,7 +35,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with text files; None: text of scikit-learn's")
     parser.add_argument("--steps", type=positive, default=100, help="optimizer steps")
     parser.add_argument("--batch-size", type=positive, default=8, help="windows per process")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the optimizer")
     parser.add_argument("--width", type=positive, default=128, help="of the Llama")
     parser.add_argument("--layers", type=positive, default=2, help="of the Llama")
     parser.add_argument("--context", type=positive, default=64, help="bytes that it looks back")

@@ -125,10 +125,11 @@ def test_frozen_parameters(two_ranks: RankPool) -> None:
 def offloaded() -> list[dict[str, Any]]:
     # DeepSpeed asks for its own CPU optimizers, which it would compile here.
     path = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": OFFLOAD}
-    return [compare({"stage": stage, **path}) for stage in (1, 2, 3)]
+    parameters = {"zero_optimization": {**OFFLOAD, "offload_param": {"device": "cpu", "pin_memory": False}}}
+    return [compare({"stage": stage, **path}) for stage in (1, 2, 3)] + [compare({"stage": 3, **path, **parameters})]
 
 
-def test_optimizer_states_on_the_cpu(two_ranks: RankPool) -> None:
+def test_optimizer_states_and_parameters_on_the_cpu(two_ranks: RankPool) -> None:
     for found in two_ranks.run(offloaded)[0]:
         assert found["difference"] < 0.05
 
