@@ -4,10 +4,16 @@ set -euo pipefail
 
 readonly HOROVOD_VERSION=0.28.1
 readonly SDIST_SHA256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
-# PyTorch's headers need C++20, these two files ask for C++14. One line each: sha256 before the patch, and path.
-readonly PATCHED_FILES="\
-bd359fa17a149c61030e3b64cedd6c7237ddccd1b4f20acc900adda013e60a9a  CMakeLists.txt
-5e5ba9ee3e32ef26b58f0e2af1236098c674b39a8d5825b32942a3173dead6fc  horovod/torch/CMakeLists.txt"
+# What to do with a file, in sed's words; why is explained by --help.
+readonly NEEDS_CXX20='s/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/'
+readonly RECEIVE_THEN_SEND='125{h;d};126G;133{h;d};134G'
+readonly RECEIVE_ALL_THEN_SEND='148{p;h;d};149{H;d};151,152{H;d};155{p;x;G}'
+# Each file that is changed: sha256 before that (it vouches for the line numbers above), path, what to do.
+readonly PATCHES="\
+bd359fa17a149c61030e3b64cedd6c7237ddccd1b4f20acc900adda013e60a9a  CMakeLists.txt  $NEEDS_CXX20
+5e5ba9ee3e32ef26b58f0e2af1236098c674b39a8d5825b32942a3173dead6fc  horovod/torch/CMakeLists.txt  $NEEDS_CXX20
+7d840cc1890c45dcd2531c4159e7565ea096aaa32be55b1182ad4bcf174f0989  third_party/gloo/gloo/allgatherv.cc  $RECEIVE_THEN_SEND
+a0dedee45528ecbf2293f81be56c2e90aa80361ef25ba0e091718dfdc63f7a44  third_party/gloo/gloo/alltoallv.cc  $RECEIVE_ALL_THEN_SEND"
 # Variables that Horovod's build reads, as opposed to those that it reads when it runs.
 readonly BUILD_OPTIONS='^HOROVOD_((WITH|WITHOUT)_[A-Z]+|GPU|GPU_[A-Z]+|CPU_OPERATIONS|CUDA_HOME|ROCM_HOME|NCCL_(HOME|INCLUDE|LIB|LINK)|NVTX_INCLUDE|ALLOW_MIXED_GPU_IMPL|BUILD_[A-Z_]+|DEBUG)='
 readonly PYTHON_NEEDS=(torch setuptools wheel packaging cffi cloudpickle psutil pyyaml)
@@ -17,8 +23,13 @@ usage() {
 Usage: launch/build_horovod.sh [options]
 
 Builds a wheel of Horovod 0.28.1 with PyTorch support and prints the wheel's path as the last line of its output.
-Horovod's source distribution asks for C++14, PyTorch's headers need C++20: the program downloads the source
-distribution with pip, verifies its checksum and those of the two files to change, changes them, and builds.
+The program downloads the source distribution with pip, verifies its checksum and those of the files to change, changes
+them, and builds. What it changes:
+  - Horovod asks for C++14, PyTorch's headers need C++20.
+  - Gloo's all-gather and all-to-all tell a peer that they are ready to receive only after what they send to it has been
+    queued. Of two ranks the later one then sends first and the other one afterwards, so a link carries one direction
+    at a time and takes twice as long. Here they get ready to receive first; what travels is the same, and ranks with
+    and without the change understand each other.
 
 Options:
   --python PATH  Python that has PyTorch, and that the wheel is for (default: .venv of this project, else python3).
@@ -140,7 +151,7 @@ cache_folder() {
     local root=${HVD_QODA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/hvd-qoda} platform recipe
     platform=$("$PYTHON" -c 'import platform, sys, torch
 print(f"torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
-    recipe=$({ build_options && echo "$PATCHED_FILES"; } | sha256sum)
+    recipe=$({ build_options && echo "$PATCHES"; } | sha256sum)
     echo "$root/horovod-$HOROVOD_VERSION/$platform-${recipe::12}"
 }
 
@@ -178,11 +189,11 @@ get_source() { # FOLDER
 }
 
 patch_source() { # SOURCE
-    local sha256 file
-    while read -r sha256 file; do
+    local sha256 file change
+    while read -r sha256 file change; do
         verify "$sha256" "$1/$file"
-        sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/' "$1/$file"
-    done <<<"$PATCHED_FILES"
+        sed -i "$change" "$1/$file"
+    done <<<"$PATCHES"
 }
 
 compile() { # SOURCE FOLDER LOG

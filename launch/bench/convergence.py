@@ -2,8 +2,9 @@
 """Does training with compressed gradients end where training with fp32 gradients ends? Several seeds, in one table.
 
 Trains the network of launch/train/mnist.py under horovodrun on this machine: fp32 gradients and compressed ones over
-both exchanges, stepped by QODAdam; and fp32 gradients stepped by Adam, to compare the optimizers. Runs of one seed
-start from the same weights and see the same batches. Writes every run's scores as JSON and draws them.
+both exchanges, with independent and with stratified dither, stepped by QODAdam; and fp32 gradients stepped by Adam, to
+compare the optimizers. Runs of one seed start from the same weights and see the same batches. Writes every run's scores
+and loss curve as JSON and draws them.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hvd_qoda.sinks import read_steps
 from launch.bench.convergence_plot import draw_scores
-from launch.train.job import SUMMARY_FILE, Job, JobError, interrupt_on_terminate, program_path, run_job
+from launch.train.job import STEPS_FILE, SUMMARY_FILE, Job, JobError, interrupt_on_terminate, program_path, run_job
 from launch.train.options import HelpFormatter, not_negative, parse_options, positive, steps_list
 from launch.train.summary import write_everywhere
 from qoda_kernels.registry import LEVEL_SCHEMES
@@ -33,6 +35,8 @@ from qoda_kernels.registry import LEVEL_SCHEMES
 _RESULTS = Path(__file__).resolve().parents[1] / "results"
 _SCORES = ("train_loss", "test_loss", "test_accuracy", "bytes_sent_per_step")
 ADAM, FP32, ALL_GATHER, REDUCE_SCATTER = "Adam, fp32", "QODAdam, fp32", "QODAdam, all-gather", "QODAdam, reduce-scatter"
+STRATIFIED = {ALL_GATHER: f"{ALL_GATHER}, stratified", REDUCE_SCATTER: f"{REDUCE_SCATTER}, stratified"}
+_POINTS = 40  # of a loss curve, each the mean of equally many steps
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def cases(arguments: argparse.Namespace) -> tuple[Case, ...]:
-    """The four ways to train that are compared."""
+    """The ways to train that are compared."""
     at = ",".join(str(step) for step in arguments.update_levels_at)
     compressed = ["--optimizer", "qodadam", "--compression", "qoda", "--bits", str(arguments.bits)]
     compressed += ["--levels", arguments.levels, "--update-levels-at", at, "--update-levels-every", "0"]
@@ -80,7 +84,9 @@ def cases(arguments: argparse.Namespace) -> tuple[Case, ...]:
         Case(ADAM, ("--optimizer", "adam", "--compression", "none")),
         Case(FP32, ("--optimizer", "qodadam", "--compression", "none")),
         Case(ALL_GATHER, (*compressed, "--exchange", "allgather")),
+        Case(STRATIFIED[ALL_GATHER], (*compressed, "--exchange", "allgather", "--dither", "stratified")),
         Case(REDUCE_SCATTER, (*compressed, "--exchange", "reduce_scatter")),
+        Case(STRATIFIED[REDUCE_SCATTER], (*compressed, "--exchange", "reduce_scatter", "--dither", "stratified")),
     )
 
 
@@ -110,7 +116,15 @@ def run_case(case: Case, seed: int, arguments: argparse.Namespace, progress: Pro
             progress.remove_task(task)
     if not summary["replicas_identical"]:
         raise JobError(f"{case.name}, seed {seed}: the ranks hold different parameters at the end")
-    return {"seed": seed, **{key: summary[key] for key in (*_SCORES, "dataset", "parameters", "step_ms")}}
+    kept = {key: summary[key] for key in (*_SCORES, "dataset", "parameters", "step_ms")}
+    return {"seed": seed, **kept, "loss_curve": loss_curve(folder)}
+
+
+def loss_curve(folder: Path) -> list[float]:
+    """A run's loss at the steps, rank 0's batches: means of up to `_POINTS` groups of steps that follow each other."""
+    losses = [float(record.scalars["loss"]) for record in read_steps(folder / STEPS_FILE)]
+    group = max(1, len(losses) // _POINTS)
+    return [statistics.fmean(losses[at : at + group]) for at in range(0, len(losses), group)]
 
 
 def statistics_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -126,7 +140,7 @@ def statistics_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, floa
 def judge(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, bool]:
     """What the runs say: is the mean loss with compression within fp32's range, and QODAdam as accurate as Adam?"""
     verdicts = {}
-    for name in (ALL_GATHER, REDUCE_SCATTER):
+    for name in (ALL_GATHER, REDUCE_SCATTER, *STRATIFIED.values()):
         for score in ("train_loss", "test_loss"):
             within = scores[name][score]["mean"] <= scores[FP32][score]["max"]
             verdicts[f"{name}: mean {score} is not above the range of fp32"] = within

@@ -87,6 +87,7 @@ def _compression(options: Options, model: nn.Module, telemetry: Telemetry) -> An
         bucket_size=options.bucket_size,
         levels=options.levels,
         exchange=options.exchange,
+        dither=options.dither,
         min_numel=options.min_numel,
         measure_error_every=options.measure_error_every,
         fusion_buffer_mb=options.fusion_buffer_mb,

@@ -15,6 +15,7 @@ LEARNING_RATES = {"qoda": 3.0, "qodadam": 1e-3, "sgd": 5e-2, "adam": 1e-3}
 COMPRESSIONS = ("none", "fp16", "qoda")
 ROUTES = ("stock", "overlap")
 EXCHANGES = ("auto", "allgather", "reduce_scatter", "hierarchical", "by_bytes", "off")
+DITHERS = ("independent", "stratified")
 WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -36,6 +37,7 @@ class Options:
     bucket_size: int
     levels: str
     exchange: str
+    dither: str
     min_numel: int
     update_levels_at: tuple[int, ...]
     update_levels_every: int
@@ -54,7 +56,7 @@ class Options:
         free = {"epochs", "steps", "wandb", "wandb_project", "run_dir", "resume", "checkpoint_every", "json"}
         free |= {"measure_error_every"}
         if self.compression != "qoda":
-            free |= {"bits", "bucket_size", "levels", "exchange", "min_numel", "fusion_buffer_mb"}
+            free |= {"bits", "bucket_size", "levels", "exchange", "dither", "min_numel", "fusion_buffer_mb"}
             free |= {"update_levels_at", "update_levels_every"}
         elif self.levels in ("uniform", "exponential"):
             free |= {"update_levels_at", "update_levels_every"}
@@ -156,6 +158,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     compression.add_argument("--levels", choices=LEVEL_SCHEMES, default="adaptive", help="quantization levels (qoda)")
     compression.add_argument(
         "--exchange", choices=EXCHANGES, default="auto", help="which collectives carry the messages (qoda)"
+    )
+    compression.add_argument(
+        "--dither", choices=DITHERS, default="independent", help="random rounding of the ranks' gradients (qoda)"
     )
     compression.add_argument(
         "--min-numel",

@@ -15,6 +15,7 @@ from launch.bench.convergence import (
     ALL_GATHER,
     FP32,
     REDUCE_SCATTER,
+    STRATIFIED,
     earlier_summary,
     judge,
     paired_differences,
@@ -33,12 +34,14 @@ def runs(losses: list[float], accuracies: list[float]) -> list[dict[str, Any]]:
     ]
 
 
-def four_cases() -> dict[str, list[dict[str, Any]]]:
+def all_cases() -> dict[str, list[dict[str, Any]]]:
     return {
         ADAM: runs([0.2, 0.4], [0.90, 0.92]),
         FP32: runs([0.1, 0.3], [0.91, 0.91]),
         ALL_GATHER: runs([0.25, 0.35], [0.9, 0.9]),
+        STRATIFIED[ALL_GATHER]: runs([0.25, 0.35], [0.9, 0.9]),
         REDUCE_SCATTER: runs([0.25, 0.37], [0.9, 0.9]),
+        STRATIFIED[REDUCE_SCATTER]: runs([0.25, 0.35], [0.9, 0.9]),
     }
 
 
@@ -51,19 +54,19 @@ def test_mean_spread_and_range() -> None:
 
 
 def test_a_mean_loss_above_the_range_of_fp32_is_noticed() -> None:
-    verdicts = judge({name: statistics_of(of_case) for name, of_case in four_cases().items()})
+    verdicts = judge({name: statistics_of(of_case) for name, of_case in all_cases().items()})
     assert verdicts[f"{ALL_GATHER}: mean train_loss is not above the range of fp32"]
     assert not verdicts[f"{REDUCE_SCATTER}: mean train_loss is not above the range of fp32"]
     assert verdicts["QODAdam's mean test accuracy is at least Adam's"]
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
-    differences = paired_differences(four_cases())
+    differences = paired_differences(all_cases())
     assert differences[FP32]["train_loss"] == {"mean": 0.0, "standard_error": 0.0}
     assert differences[ADAM]["train_loss"]["mean"] == pytest.approx(0.1)
     assert differences[ADAM]["train_loss"]["standard_error"] == pytest.approx(0.0)
     assert differences[ALL_GATHER]["train_loss"]["standard_error"] == pytest.approx(0.05)
-    one_seed = {name: of_case[:1] for name, of_case in four_cases().items()}
+    one_seed = {name: of_case[:1] for name, of_case in all_cases().items()}
     assert paired_differences(one_seed)[ADAM]["train_loss"]["standard_error"] is None
 
 
@@ -82,9 +85,10 @@ def test_the_program_writes_scores_and_picture(tmp_path: Path) -> None:
     )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     result = json.loads((tmp_path / "scores.json").read_text())
-    assert list(result["cases"]) == [ADAM, FP32, ALL_GATHER, REDUCE_SCATTER]
+    assert list(result["cases"]) == list(all_cases())
     for case in result["cases"].values():
         assert [run["seed"] for run in case["runs"]] == [0]
+        assert len(case["runs"][0]["loss_curve"]) == 2
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
     assert "QODAdam, reduce-scatter" in outcome.stdout
     again = subprocess.run(
