@@ -6,9 +6,11 @@ Hockney, Parallel Computing 20, 1994; for collectives see Thakur, Rabenseifner a
 those of `hvd_qoda.traffic`. The codec takes a time per call and per element. Where gradients travel in several
 messages, coding one overlaps with sending another, and sending overlaps with the backward pass:
 
-    seconds = max(coding, first encode + sending - hidden + last decode)
+    seconds = max(coding, first encode + sending - hidden + last decode) + (1 - overlap) * what is done beside that
 
-The numbers are measured by `hvd_qoda.measurement`, or assumed (`Link.of`).
+where `overlap` is 1 if neither coding nor a collective under way slows the other one down, and 0 if they share a core
+and cost as much together as one after the other. The numbers are measured by `hvd_qoda.measurement`, or assumed
+(`Link.of`).
 
 Schemes: "off" (the host's own all-reduce of the gradients as they are), "fp16" (the same, after rounding to 16 bits),
 "allgather", "reduce_scatter" and "hierarchical" (see `hvd_qoda.exchange`).
@@ -109,6 +111,8 @@ class Link:
         all_to_all: of bytes.
         within_host: all-to-all among the ranks of each host, on all hosts at once; None where that is not known.
         between_hosts: all-to-all among the ranks at the same place of every host, for all places at once.
+        all_reduce_fp16: the host's all-reduce of 16-bit values, which it may add more slowly than others; None: as
+            `all_reduce`.
     """
 
     all_reduce: CollectiveCost
@@ -116,6 +120,7 @@ class Link:
     all_to_all: CollectiveCost
     within_host: CollectiveCost | None = None
     between_hosts: CollectiveCost | None = None
+    all_reduce_fp16: CollectiveCost | None = None
 
     @classmethod
     def of(
@@ -180,6 +185,9 @@ class CodecSpeed:
         store_s: for each element of a result that is written.
         call_s: for each call of the codec.
         pass_s: for each element of a pass that reads and writes gradients, such as a cast or a sum.
+        exact_encode_s: for each element of a message that carries values unquantized; None: derived from `pass_s`.
+        exact_decode_s: for each element of each such message that is decoded; None: likewise.
+        overlap: how much of the shorter of coding and sending costs no time where both go on at once, 0 to 1.
     """
 
     encode_s: float
@@ -187,6 +195,19 @@ class CodecSpeed:
     store_s: float = 0.0
     call_s: float = 0.0
     pass_s: float = 0.0
+    exact_encode_s: float | None = None
+    exact_decode_s: float | None = None
+    overlap: float = 1.0
+
+    def encode_exact(self, elements: float, calls: int = 1) -> float:
+        """Seconds to put so many elements into messages unquantized."""
+        each = _PASSES_TO_SEND * self.pass_s if self.exact_encode_s is None else self.exact_encode_s
+        return calls * self.call_s + elements * each
+
+    def decode_exact(self, elements: float, calls: int = 1) -> float:
+        """Seconds to take so many elements, counted for each message, from such messages."""
+        each = _PASSES_TO_RECEIVE * self.pass_s if self.exact_decode_s is None else self.exact_decode_s
+        return calls * self.call_s + elements * each
 
     def encode(self, elements: float, calls: int = 1) -> float:
         """Seconds to encode so many elements in so many calls."""
@@ -323,7 +344,9 @@ def predict(
     coding = work.encode_s + work.decode_s
     # The last message leaves when the backward pass is over: nothing hides it.
     hidden = min(overlap_s, work.sending_s * (count - 1) / count)
-    seconds = max(coding, coding / count + work.sending_s - hidden)
+    longer = max(coding, coding / count + work.sending_s - hidden)
+    beside = max(0.0, coding + work.sending_s - hidden - longer)
+    seconds = longer + (1.0 - codec.overlap) * beside
     return Prediction(scheme, count, work.sent_bytes, coding, work.sending_s, seconds, buffer_bytes)
 
 
@@ -439,7 +462,8 @@ def _work(scheme: str, layout: Layout, ranks: Ranks, link: Link, codec: CodecSpe
     if scheme == "fp16":
         sent = all_reduce_bytes(min(layout.raw_bytes, 2 * n), size)
         cast = 0.0 if layout.raw_bytes <= 2 * n else n * codec.pass_s
-        return _Work(cast, cast, link.all_reduce.seconds(sent, calls), sent)
+        cost = link.all_reduce if link.all_reduce_fp16 is None else link.all_reduce_fp16
+        return _Work(cast, cast, cost.seconds(sent, calls), sent)
     if scheme == "allgather":
         sent = all_gather_bytes(layout.message_bytes, size)
         sending = link.all_gather.seconds(sent, calls)
@@ -481,8 +505,10 @@ def _hierarchical_work(layout: Layout, ranks: Ranks, link: Link, codec: CodecSpe
     moved = (local - 1) / local * 4 * layout.elements  # in each of the two exact phases
     across = _across_hosts(share, calls, message, hosts, link.between_hosts, codec)
     return _Work(
-        _PASSES_TO_SEND * layout.elements * codec.pass_s + across.encode_s,
-        across.decode_s + (2 * _PASSES_TO_RECEIVE * layout.elements + _PASSES_TO_SEND * share) * codec.pass_s,
+        codec.encode_exact(layout.elements, calls * local) + across.encode_s,
+        across.decode_s
+        + codec.decode_exact(2 * layout.elements, calls * (local + 1))
+        + codec.encode_exact(share, calls),
         2 * link.within_host.seconds(moved, calls) + across.sending_s,
         2 * moved + across.sent_bytes,
     )

@@ -1,14 +1,15 @@
 """Measures what the cost model needs to know: the host's collectives among the ranks, and this rank's codec.
 
 All ranks get the same numbers, bit for bit: they gather the times that each has seen and take the same statistic of
-them, in rank order. A collective has lasted as long as for the rank that joined it last, and whatever else disturbs a
-measurement makes it longer, so the least time over ranks and rounds counts. How much is measured follows from these
-numbers too, never from one rank's clock: the ranks start the same collectives.
+them, in rank order. A collective has lasted as long as for the rank that joined it last, so the least time over the
+ranks counts, and of the rounds the median. Codecs run on all ranks at once, as in a step, because ranks may share
+cores. How much is measured follows from these numbers too, never from one rank's clock: the ranks start the same
+collectives.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from hvd_qoda.transport import Handle, ReducingTransport, Transport, all_gather_
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
 from qoda_kernels.layout import MessagePlan, Slice
+from qoda_kernels.wire import MessageContext
 from qoda_kernels.worker_threads import WorkerThreads
 
 __all__ = ["fitted_codebook", "measure_codec", "measure_link"]
@@ -34,9 +36,12 @@ _FEWEST_ROUNDS = 2  # where time is short; one alone may have been disturbed
 _TOGETHER = 8  # collectives under way at the same time, to see what each further one costs
 _BUDGET_S = 0.8
 _LONGEST_S = 1.0
-_CODEC_ELEMENTS = (4096, 2**19)
-_CODEC_ROUNDS = 5
+_CODEC_ELEMENTS = (4096, 2**21)
+_CODEC_RUNS = 4
+_CODEC_ROUNDS = 2
 _CODEC_MESSAGES = 4
+_BESIDE_BYTES = (2**20, 2**23)  # sent while coding goes on, the more the faster the link
+_BESIDE_S = 0.02
 _STAMP = Stamp(0, 0, 0)
 
 _Start = Callable[[int, str], Handle]
@@ -116,9 +121,52 @@ def measure_codec(
     Returns:
         The slowest rank's speed, on which all others wait; the same numbers on every rank.
     """
-    own = _codec_speed(codebook, threads, torch.device("cpu") if device is None else device)
+
+    def together() -> None:
+        all_gather_array(transport, np.zeros(1), f"{name}.begin")
+
+    own = _codec_speed(codebook, threads, torch.device("cpu") if device is None else device, together)
     all_ranks = all_gather_array(transport, np.array(astuple(own)), name)
-    return CodecSpeed(*(float(value) for value in all_ranks.max(axis=0)))
+    slowest = CodecSpeed(*(float(value) for value in all_ranks.max(axis=0)))
+    if transport.size == 1:
+        return slowest
+    return replace(slowest, overlap=_measure_overlap(codebook, transport, threads, slowest.encode_s, name))
+
+
+def _measure_overlap(
+    codebook: Codebook, transport: Transport, threads: WorkerThreads | None, encode_s: float, name: str
+) -> float:
+    """How much of the shorter of encoding and an all-gather costs nothing where both go on at once, 0 to 1."""
+    elements = _CODEC_ELEMENTS[-1]
+    codec, gradient, context = _codec_for(codebook, elements, threads)
+    message = codec.encode([gradient], context)
+
+    def timed(sent_bytes: int, encodings: int) -> float:
+        """Seconds of an all-gather, of encodings, or of both at once."""
+        all_gather_array(transport, np.zeros(1), f"{name}.begin")
+        begin = time.perf_counter()
+        if sent_bytes:
+            sizes = [sent_bytes // (transport.size - 1)] * transport.size
+            sent = torch.zeros(sizes[0], dtype=torch.uint8)
+            handle = transport.start_all_gather(sent, sizes, f"{name}.beside")
+        for _ in range(encodings):
+            codec.encode([gradient], context, message)
+        if sent_bytes:
+            handle.wait()
+        return time.perf_counter() - begin
+
+    def agreed(sent_bytes: int, encodings: int) -> float:
+        own = [timed(sent_bytes, encodings) for _ in range(_ROUNDS)]
+        return float(np.median(all_gather_array(transport, np.array(own), f"{name}.beside_times").mean(axis=0)))
+
+    sent_bytes = _BESIDE_BYTES[0]
+    sending = agreed(sent_bytes, 0)
+    if sending < _BESIDE_S:
+        sent_bytes = _BESIDE_BYTES[1]
+        sending = agreed(sent_bytes, 0)
+    encodings = max(1, round(sending / (elements * encode_s)))
+    coding, both = agreed(0, encodings), agreed(sent_bytes, encodings)
+    return min(1.0, max(0.0, (sending + coding - both) / min(sending, coding)))
 
 
 def _kinds(transport: ReducingTransport, hosts: Hosts | None, device: torch.device) -> list[_Kind]:
@@ -127,6 +175,10 @@ def _kinds(transport: ReducingTransport, hosts: Hosts | None, device: torch.devi
 
     def all_reduce(sent: int, name: str) -> Handle:
         return transport.start_all_reduce(torch.zeros(elements(sent), device=device), name)
+
+    def all_reduce_fp16(sent: int, name: str) -> Handle:
+        values = torch.zeros(elements(2 * sent), dtype=torch.float16, device=device)
+        return transport.start_all_reduce(values, name)
 
     def elements(sent: int) -> int:
         return max(1, sent * size // (2 * others * 4))
@@ -137,6 +189,7 @@ def _kinds(transport: ReducingTransport, hosts: Hosts | None, device: torch.devi
 
     kinds = [
         _Kind("all_reduce", all_reduce, lambda sent: all_reduce_bytes(4 * elements(sent), size)),
+        _Kind("all_reduce_fp16", all_reduce_fp16, lambda sent: all_reduce_bytes(2 * elements(2 * sent), size)),
         _Kind("all_gather", all_gather, lambda sent: float(sent // others * others)),
         _all_to_all("all_to_all", transport),
     ]
@@ -159,7 +212,7 @@ def _all_to_all(name: str, transport: Transport) -> _Kind:
 def _measure_kind(transport: Transport, kind: _Kind, largest: int, budget_s: float, name: str) -> CollectiveCost:
     def agreed(sent: int, count: int, rounds: int) -> float:
         own = [_seconds(kind.start, sent, count, name) for _ in range(rounds)]
-        return float(all_gather_array(transport, np.array(own), f"{name}.times").min())
+        return float(np.median(all_gather_array(transport, np.array(own), f"{name}.times").min(axis=0)))
 
     kind.start(_SMALLEST_BYTES, f"{name}.0").wait()  # the first one makes connections
     times = {_SMALLEST_BYTES: agreed(_SMALLEST_BYTES, 1, _ROUNDS)}
@@ -202,13 +255,18 @@ def _seconds(start: _Start, sent: int, count: int, name: str) -> float:
     return time.perf_counter() - begin
 
 
-def _codec_speed(codebook: Codebook, threads: WorkerThreads | None, device: torch.device) -> CodecSpeed:
-    timed = [_CodecTimes.measure(codebook, elements, threads, device) for elements in _CODEC_ELEMENTS]
+def _codec_speed(
+    codebook: Codebook, threads: WorkerThreads | None, device: torch.device, together: Callable[[], None]
+) -> CodecSpeed:
+    timed = [_CodecTimes.measure(codebook, elements, threads, device, together) for elements in _CODEC_ELEMENTS]
+    exact = _CodecTimes.measure(Codebook.exact(), _CODEC_ELEMENTS[-1], threads, device, together)
     call, encode = fit_cost(_CODEC_ELEMENTS, [times.encode for times in timed])
     large, elements = timed[-1], _CODEC_ELEMENTS[-1]
     decode = max(0.0, (large.decode_many - large.decode_one) / (elements * (_CODEC_MESSAGES - 1)))
     store = max(0.0, (large.decode_one - call) / elements - decode)
-    return CodecSpeed(encode, decode, store, call, large.cast / elements)
+    return CodecSpeed(
+        encode, decode, store, call, large.cast / elements, exact.encode / elements, exact.decode_one / elements
+    )
 
 
 @dataclass(frozen=True)
@@ -222,11 +280,15 @@ class _CodecTimes:
 
     @classmethod
     def measure(
-        cls, codebook: Codebook, elements: int, threads: WorkerThreads | None, device: torch.device
+        cls,
+        codebook: Codebook,
+        elements: int,
+        threads: WorkerThreads | None,
+        device: torch.device,
+        together: Callable[[], None],
     ) -> "_CodecTimes":
-        plan = MessagePlan.build([Slice("measured", 0, elements, torch.float32, "measured", 0)], {"measured": codebook})
-        codec = Codec(plan, {"measured": codebook}, threads)
-        gradient = torch.randn(elements, generator=torch.Generator().manual_seed(0)).to(device)
+        codec, values, context = _codec_for(codebook, elements, threads)
+        gradient = values.to(device)
         contexts = [_STAMP.context(0, source, 0) for source in range(_CODEC_MESSAGES)]
         messages = [codec.encode([cpu_values(gradient)], context) for context in contexts]
 
@@ -234,22 +296,35 @@ class _CodecTimes:
             written_back(gradient, lambda out: _ignore(codec.decode_mean(messages[:count], contexts[:count], [out])))
 
         return cls(
-            _least_seconds(lambda: codec.encode([cpu_values(gradient)], contexts[0], messages[0])),
-            _least_seconds(lambda: decode(1)),
-            _least_seconds(lambda: decode(_CODEC_MESSAGES)),
-            _least_seconds(lambda: gradient.half().float()) / 2,
+            _seconds_of(lambda: codec.encode([cpu_values(gradient)], context, messages[0]), together),
+            _seconds_of(lambda: decode(1), together),
+            _seconds_of(lambda: decode(_CODEC_MESSAGES), together),
+            _seconds_of(lambda: gradient.half().float(), together) / 2,
         )
+
+
+def _codec_for(
+    codebook: Codebook, elements: int, threads: WorkerThreads | None
+) -> tuple[Codec, torch.Tensor, MessageContext]:
+    """A codec, a gradient for it, and the context of its first message."""
+    books = {"measured": codebook}
+    plan = MessagePlan.build([Slice("measured", 0, elements, torch.float32, "measured", 0)], books)
+    gradient = torch.randn(elements, generator=torch.Generator().manual_seed(0))
+    return Codec(plan, books, threads), gradient, _STAMP.context(0, 0, 0)
 
 
 def _ignore(_: Sequence[torch.Tensor]) -> None:
     """Take a result that nobody needs."""
 
 
-def _least_seconds(run: Callable[[], object]) -> float:
+def _seconds_of(run: Callable[[], object], together: Callable[[], None]) -> float:
+    """Mean of some runs, on all ranks at once; of several rounds of that the shortest, which was disturbed least."""
     run()
-    seconds = []
+    rounds = []
     for _ in range(_CODEC_ROUNDS):
+        together()
         begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+        for _ in range(_CODEC_RUNS):
+            run()
+        rounds.append((time.perf_counter() - begin) / _CODEC_RUNS)
+    return min(rounds)

@@ -2,9 +2,10 @@
 
 Before the first step the ranks measure the link and the codec (`hvd_qoda.measurement`), and the cost model predicts
 what a step would cost with every scheme, and with the cheapest scheme for each message ("mixed"). The best few, and
-"off" in any case, are then tried for some steps each; the one with the shortest steps stays, and is checked against the
-others again after every `CHECK_EVERY` steps. Steps of a trial are ordinary training: every scheme is unbiased, and all
-ranks hold the same bits.
+"off" in any case, are then tried for some steps each, for fewer if they are predicted to be much slower; the one with
+the shortest steps stays, and is checked against the others again after every `CHECK_EVERY` steps. Steps of a trial are
+ordinary training: every scheme is unbiased, and all ranks hold the same bits. "fp16" is not among them: it rounds small
+gradients to zero, turns those above 65,504 into infinities, and hosts without a GPU add 16-bit values slowly.
 
 All ranks switch at the same step: when to try what follows from the number of steps, and what is fastest from times
 that all ranks gather. But times differ from run to run, so the choice may. It is part of the state that is saved; a
@@ -31,6 +32,7 @@ CHECK_EVERY = 1000
 
 _FIRST_TRIAL = 3  # the first steps compile kernels and make connections
 _TRIAL_STEPS = 6
+_SHORT_TRIAL_STEPS = 2  # of a candidate that is not predicted to be close: one that counts
 _DISCARDED = 1  # of each trial: the first step with another scheme makes new buffers
 _MOST_CANDIDATES = 3
 _CLOSE = 1.5  # predictions within this factor of the best are worth a trial
@@ -146,17 +148,24 @@ class SchemeChoice:
         if self._began is not None and self._count > self._check_at:
             self._times.setdefault(self._current, []).append(now - self._began)
         self._began = now
-        tried, steps_of_it = divmod(self._count - self._check_at, _TRIAL_STEPS)
-        if len(self._candidates) < 2 or tried < 0 or steps_of_it:
+        lengths = self._trial_lengths()
+        starts = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
+        if len(self._candidates) < 2 or self._count - self._check_at not in starts:
             return None
+        tried = starts.index(self._count - self._check_at)
         if tried < len(self._candidates):
             self._current = tried
-            return f"trying {self._candidates[tried].name} for {_TRIAL_STEPS} steps"
+            return f"trying {self._candidates[tried].name} for {lengths[tried]} steps"
         return self._decide(transport)
 
     def scheme_for(self, message: str) -> str:
         """The scheme of a message in the step under way; "off" for one that was not there when the choice was made."""
         return self._candidates[self._current].schemes.get(message, "off")
+
+    @property
+    def settled(self) -> bool:
+        """Whether a choice was made and no trial is under way or about to begin."""
+        return self._ranks is not None and (len(self._candidates) < 2 or self._count < self._check_at - _FIRST_TRIAL)
 
     @property
     def chosen(self) -> Candidate | None:
@@ -191,6 +200,11 @@ class SchemeChoice:
         self._count, self._check_at = int(state["count"]), int(state["check_at"])
         if self._check_at <= self._count:
             self._check_at = self._count + 1
+
+    def _trial_lengths(self) -> list[int]:
+        """Steps for which each candidate is tried."""
+        close = _CLOSE * self._candidates[0].predicted_s
+        return [_TRIAL_STEPS if c.predicted_s <= close else _SHORT_TRIAL_STEPS for c in self._candidates]
 
     def _predict(self, found: list[Candidate], ranks: Ranks) -> str:
         self._ranks = ranks

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -36,6 +37,7 @@ from launch.virtual_hosts import Network, SandboxError
 SIZES = {"25M": 25_000_000, "2.6M": 2_600_000}
 TOLERANCE = 0.02
 _WIDTH = 120
+_CLOSE = 0.2
 _KEYS = ("hosts", "mbit", "delay_ms", "elements", "ranks_per_host", "method")
 
 
@@ -108,6 +110,13 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     console = Console(width=_WIDTH)
     console.print(table)
     console.print("*: more ranks than cores (oversubscribed). In brackets: bytes off the formula by more than 2 %.")
+    errors = [abs(row["predicted_s"] / row["median_s"] - 1) for row in rows if row["predicted_s"] is not None]
+    if errors:
+        within = sum(error <= _CLOSE for error in errors) / len(errors)
+        console.print(
+            f"Predicted against measured times: off by {statistics.median(errors):.0%} (median of {len(errors)}), "
+            f"{within:.0%} of them within {_CLOSE:.0%}."
+        )
 
 
 def numbers(text: str) -> list[float]:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from hvd_qoda.cost_model import Choice, CodecSpeed, Layout, Link, Ranks, choose, predict
-from hvd_qoda.exchange import PendingExchanges, Stamp
+from hvd_qoda.cost_model import CodecSpeed, Layout, Link, Ranks, predict
+from hvd_qoda.exchange import Exchange, PendingExchanges, Stamp
 from hvd_qoda.hosts import gather_hosts
 from hvd_qoda.measurement import measure_codec, measure_link
+from hvd_qoda.scheme_choice import Costs, SchemeChoice
 from hvd_qoda.schemes import make_exchange
 from hvd_qoda.traffic import TrafficMeter
 from qoda_kernels.codebook import Codebook
@@ -119,11 +120,7 @@ class HorovodMethods:
             return self._host(name)
         if name in OURS:
             return self._ours(OURS[name], self._prediction(OURS[name]).seconds)
-        best = self._choice()
-        scheme = best.best.scheme
-        method = self._host(FP32) if scheme == "off" else self._ours(scheme, best.best.seconds)
-        method.predicted_s, method.note = best.best.seconds, f"chose {scheme}"
-        return method
+        return self._auto()
 
     def _measured(self) -> tuple[Link, CodecSpeed]:
         link = measure_link(self.transport, self._hosts)
@@ -146,10 +143,6 @@ class HorovodMethods:
             layout = Layout(layout.elements, layout.raw_bytes, layout.message_bytes, 1)
         return predict(scheme, layout, ranks, self._link, self._codec)
 
-    def _choice(self) -> Choice:
-        ranks = Ranks(self.transport.size, self._setting.local_size)
-        return choose(Layout.of(self._plans()), ranks, self._link, self._codec)
-
     def _host(self, name: str) -> Method:
         hvd = self._hvd
         compression = hvd.Compression.none if name == FP32 else hvd.Compression.fp16
@@ -161,36 +154,72 @@ class HorovodMethods:
             reduced = hvd.synchronize(hvd.allreduce_async_(compressed, name=f"bench.{name}", op=hvd.Average))
             kept[:] = [compression.decompress(reduced, context)]
 
-        size = self.transport.size
-        width = 4 if name == FP32 else 2
-        sent = 2 * (size - 1) / size * width * self._setting.elements
+        sent = self._all_reduced_bytes(4 if name == FP32 else 2)
         return Method(
             lambda: values.copy_(self._gradient), run, lambda: kept[0], sent, self._prediction(SCHEME_OF[name]).seconds
         )
 
     def _ours(self, scheme: str, predicted_s: float) -> Method:
-        plans = self._plans()
-        exchanges = [
-            make_exchange(
-                scheme, plan, self._books, self.transport, f"bench.{scheme}.{number}", self._threads, self._hosts
-            )
-            for number, plan in enumerate(plans)
-        ]
-        pending = PendingExchanges(self.transport.timeout_s, f"rank {self.transport.rank}")
+        exchanges = self._exchanges(scheme)
+        values = self._gradient.clone()
+        sent = float(sum(exchange.sent_bytes for exchange in exchanges))
+        return Method(
+            lambda: values.copy_(self._gradient),
+            lambda: self._exchange(exchanges, values),
+            lambda: values,
+            sent,
+            predicted_s,
+        )
+
+    def _auto(self) -> Method:
+        """What `exchange="auto"` does: predicts, tries the best predictions in the first steps, keeps the fastest."""
+        plans = {f"buffer{number}": plan for number, plan in enumerate(self._plans())}
+        ranks = Ranks(self.transport.size, self._setting.local_size)
+        costs = Costs(ranks, self._link, self._codec)
+        choice = SchemeChoice([scheme for scheme in ranks.schemes if scheme != "fp16"], "bench.choice")
+        made: dict[str, list[Exchange]] = {}
         values = self._gradient.clone()
 
         def run() -> None:
-            parts = values.split([plan.coordinates for plan in plans])
-            self._counter += 1
-            stamp = Stamp(self._setting.seed, self._counter, 1)
-            for exchange, part in zip(exchanges, parts, strict=True):
-                exchange.start([part], stamp)
-                pending.add(exchange)
-            for exchange, part in zip(exchanges, parts, strict=True):
-                pending.finish(exchange, [part])
+            choice.begin_step(self.transport, lambda: plans, lambda: costs, mixed=False)
+            scheme = choice.scheme_for("buffer0")
+            if scheme == "off":
+                values.copy_(self._hvd.allreduce_(values, name="bench.off", op=self._hvd.Average))
+                return
+            if scheme not in made:
+                made[scheme] = self._exchanges(scheme)
+            self._exchange(made[scheme], values)
 
-        sent = float(sum(exchange.sent_bytes for exchange in exchanges))
-        return Method(lambda: values.copy_(self._gradient), run, lambda: values, sent, predicted_s)
+        while not choice.settled:
+            run()
+        assert choice.chosen is not None  # after the first step
+        scheme, predicted_s = choice.chosen.name, choice.chosen.predicted_s
+        sent = sum(exchange.sent_bytes for exchange in made[scheme]) if scheme in made else self._all_reduced_bytes(4)
+        note = f"chose {scheme}"
+        return Method(lambda: values.copy_(self._gradient), run, lambda: values, float(sent), predicted_s, note)
+
+    def _exchanges(self, scheme: str) -> list[Exchange]:
+        return [
+            make_exchange(
+                scheme, plan, self._books, self.transport, f"bench.{scheme}.{number}", self._threads, self._hosts
+            )
+            for number, plan in enumerate(self._plans())
+        ]
+
+    def _exchange(self, exchanges: Sequence[Exchange], values: torch.Tensor) -> None:
+        """Average values in place."""
+        pending = PendingExchanges(self.transport.timeout_s, f"rank {self.transport.rank}")
+        parts = values.split([exchange.plan.coordinates for exchange in exchanges])
+        self._counter += 1
+        stamp = Stamp(self._setting.seed, self._counter, 1)
+        for exchange, part in zip(exchanges, parts, strict=True):
+            exchange.start([part], stamp)
+            pending.add(exchange)
+        for exchange, part in zip(exchanges, parts, strict=True):
+            pending.finish(exchange, [part])
+
+    def _all_reduced_bytes(self, width: int) -> float:
+        return 2 * (self.transport.size - 1) / self.transport.size * width * self._setting.elements
 
 
 class TorchMethods:
