@@ -120,7 +120,7 @@ install_packages() {
 
 install_horovod() {
     local version wheel
-    version=$(torch_version)
+    version="$(torch_version) $(sha256sum <"$ROOT/launch/build_horovod.sh")"
     if [[ $FORCE == no && -f $HOROVOD_STAMP && $(<"$HOROVOD_STAMP") == "$version" ]]; then return; fi
     wheel=$("$ROOT/launch/build_horovod.sh" --python "$VENV/bin/python" --out "$VENV/horovod-wheel" | tail -n 1)
     say "Installing Horovod"
