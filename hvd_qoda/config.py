@@ -32,7 +32,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from torch import nn
 
-from hvd_qoda.errors import ConfigError
+from hvd_qoda.errors import CodebookError, ConfigError
 from qoda_kernels.codebook import (
     EXACT_BITS,
     MAX_BITS,
@@ -119,6 +119,8 @@ _BucketSize = Annotated[int, AfterValidator(_check_bucket_size)]
 _Levels = Annotated[str | tuple[float, ...], BeforeValidator(_check_levels)]
 _Norm = Literal["max", "l2"]
 _NormFormat = Literal["fp32", "bf16"]
+_Rotation = Literal["none", "hadamard"]
+_Rounding = Literal["stochastic", "nearest"]
 _Count = Annotated[int, Field(ge=0)]
 
 
@@ -142,6 +144,8 @@ class LayerRuleFields(_Model):
     levels: _Levels | None = None
     min_bits: _Width | None = None
     max_bits: _Width | None = None
+    rotation: _Rotation | None = None
+    rounding: _Rounding | None = None
 
     @model_validator(mode="after")
     def _is_a_rule(self) -> "LayerRuleFields":
@@ -249,6 +253,10 @@ class QodaConfig(_Model):
     - `levels`: "uniform", "exponential", "adaptive" (least variance), "tuq", "tnq", "tbq" or "laplace" (clipped, for
       heavy tails; biased) or 2^(bits-1) numbers. Default "adaptive".
     - `tails`: how levels that clip are fitted: `optimum`, `gmin`, `tail_share` (see `Tails`).
+    - `rotation`: "none", or "hadamard": buckets (128, 256, 512 or 1024 coordinates) are rotated at random, the same on
+      every rank, before they are quantized: then one codebook suits all gradients. Default "none".
+    - `rounding`: "stochastic" (unbiased), or "nearest", for rotated buckets: less error, unbiased only on average over
+      the rotations (EDEN). Default "stochastic".
     - `coding`: "fixed", code words of `bits` bits; the only one in this version.
     - `exchange`: "auto" (measures, and may choose "off"), "allgather" (quantized once), "reduce_scatter" (twice, fewer
       bytes), "hierarchical" (exact inside a host), "by_bytes" (one of the first two, by bytes alone) or "off" (the
@@ -258,8 +266,8 @@ class QodaConfig(_Model):
     - `dither`: "independent", or "stratified": the ranks' random roundings are chosen so that their errors cancel in
       the mean; each rank's stays unbiased. Default "independent".
     - `layers`: rules, later ones win: selectors `type`, `name` (shell pattern), `min_numel`, `max_numel`; and `bits`,
-      `bucket_size`, `norm`, `norm_format`, `levels`, `min_bits` and `max_bits` (bounds for bits="auto"), or `as_type`,
-      which assigns another layer type. Default none.
+      `bucket_size`, `norm`, `norm_format`, `levels`, `rotation`, `rounding`, `min_bits` and `max_bits` (bounds for
+      bits="auto"), or `as_type`, which assigns another layer type. Default none.
     - `update_levels`: when adaptive levels are recomputed: `at`, `every`, `statistics`, `samples` (see `UpdateLevels`).
     - `min_numel`: parameters with fewer elements, like biases and norms, are not compressed unless a rule says so.
       Default 1024.
@@ -282,6 +290,8 @@ class QodaConfig(_Model):
     norm: _Norm = "max"
     norm_format: _NormFormat = "fp32"
     levels: _Levels = "adaptive"
+    rotation: _Rotation = "none"
+    rounding: _Rounding = "stochastic"
     coding: Literal["fixed"] = "fixed"
     exchange: Literal["auto", "allgather", "reduce_scatter", "hierarchical", "by_bytes", "off"] = "auto"
     error_feedback: bool = False
@@ -307,6 +317,7 @@ class QodaConfig(_Model):
         self._check_layer_types()
         self._check_updates()
         self._check_own_messages()
+        self._check_rotation()
 
     @field_validator("levels")
     @classmethod
@@ -387,11 +398,19 @@ class QodaConfig(_Model):
     @property
     def settings(self) -> LayerSettings:
         """Settings of parameters that no rule changes."""
-        common = (self.bucket_size, self.norm, self.norm_format, self.levels, self.tails.to_settings())
-        if self.bits != "auto":
-            return LayerSettings(self.bits, *common)
-        auto = self.auto_bits
-        return LayerSettings(auto.reference, *common, min_bits=auto.min_bits, max_bits=auto.max_bits)
+        auto = self.auto_bits if self.bits == "auto" else None
+        return LayerSettings(
+            bits=self.auto_bits.reference if self.bits == "auto" else self.bits,
+            bucket_size=self.bucket_size,
+            norm=self.norm,
+            norm_format=self.norm_format,
+            levels=self.levels,
+            tails=self.tails.to_settings(),
+            min_bits=None if auto is None else auto.min_bits,
+            max_bits=None if auto is None else auto.max_bits,
+            rotation=self.rotation,
+            rounding=self.rounding,
+        )
 
     @property
     def rules(self) -> tuple[LayerRule, ...]:
@@ -441,9 +460,21 @@ class QodaConfig(_Model):
                 "need every rank's own quantized gradient; use exchange='allgather', 'reduce_scatter' or 'auto'"
             )
 
+    def _check_rotation(self) -> None:
+        if self.rotation == "none" and self.rounding == "stochastic":
+            return
+        try:
+            self.settings.codebook()
+        except CodebookError as error:
+            raise ConfigError(f"rotation={self.rotation!r}, rounding={self.rounding!r}: {error}") from None
+
     def _check_updates(self) -> None:
-        schemes = (self.levels, *(layer.levels for layer in self.layers))
-        learnt = [scheme for scheme in schemes if scheme in ("adaptive", *TAIL_SCHEMES)]
+        schemes = ((self.levels, self.rotation), *((layer.levels, layer.rotation) for layer in self.layers))
+        learnt = [
+            scheme
+            for scheme, rotation in schemes
+            if scheme in TAIL_SCHEMES or (scheme == "adaptive" and rotation != "hadamard")
+        ]
         if self.bits == "auto" and not self.update_levels.happens:
             raise ConfigError('update_levels: bits="auto" needs `at` or `every`')
         for position, layer in enumerate(self.layers):

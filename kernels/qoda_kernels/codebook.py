@@ -5,6 +5,10 @@ there are 2^(b-1) levels 0 = l_0 < l_1 < ... < 1, so 2^b - 2 intervals between -
 norm N is sent as one of the two levels around |v| / N, at random, so that the mean is v (QSGD, arXiv 1610.02132;
 non-uniform levels as in NUQSGD, arXiv 1908.06077, ALQ, and QODA, arXiv 2505.14371). A codebook that clips (`tails.py`)
 has the same N for every bucket, its clip value: coordinates beyond it are sent as the last level, with a bias.
+
+A codebook that rotates (`rotation.py`) does the same with rotated buckets. There, coordinates may also be rounded to
+the nearest level, and N is chosen such that the mean over the rotations is v (EDEN, arXiv 2108.08842): unbiased as long
+as rotations are random, though not for each of them.
 """
 
 import dataclasses
@@ -19,6 +23,7 @@ import numpy as np
 
 from qoda_kernels.errors import CodebookError
 from qoda_kernels.levels import check_levels, exponential_levels, uniform_levels
+from qoda_kernels.rotation import ROTATED_BUCKET_SIZES
 
 EXACT_BITS = 32
 MIN_BITS, MAX_BITS = 2, 8
@@ -26,6 +31,8 @@ ROWS = 8  # rows of a tile: a lane packs 8 codes, so any code width fills whole 
 MIN_BUCKET_SIZE, MAX_BUCKET_SIZE = 128, 8192
 NORMS = ("max", "l2")
 NORM_BYTES = {"fp32": 4, "bf16": 2}
+ROTATIONS = ("none", "hadamard")
+ROUNDINGS = ("stochastic", "nearest")
 SMALLEST_CLIP, LARGEST_CLIP = 2.0**-100, 2.0**100
 
 
@@ -59,13 +66,18 @@ class Codebook:
 
     Attributes:
         bits: code width, 2 to 8; 32 means exact: values travel raw.
-        levels: 2^(bits-1) float32 magnitudes from 0 to 1, strictly increasing; empty when exact.
+        levels: 2^(bits-1) float32 magnitudes from 0 to 1, strictly increasing; empty when exact. Where rounding is to
+            nearest, the first may be above 0.
         bucket_size: coordinates that share one norm; a multiple of 128 between 128 and 8192.
         norm: "max" (largest magnitude) or "l2" (Euclidean norm of the bucket).
         norm_format: "fp32", or "bf16", rounded up so that no coordinate exceeds its norm.
         version: how many times the levels have been updated.
         clip: magnitude at which coordinates are clipped, rounded to float32 (and up to bfloat16 on the wire with bf16
             norms); it stands in place of every bucket's norm. 0 for codebooks that do not clip.
+        rotation: "none", or "hadamard": buckets of 128, 256, 512 or 1024 coordinates are rotated at random.
+        rounding: "stochastic"; or "nearest", for rotated buckets with the norm "l2".
+        spread: the last level where rounding is to nearest, in standard deviations of the rotated bucket, rounded to
+            float32; else 0.
 
     Raises:
         CodebookError: for a value outside these.
@@ -78,6 +90,9 @@ class Codebook:
     norm_format: str = "fp32"
     version: int = 0
     clip: float = 0.0
+    rotation: str = "none"
+    rounding: str = "stochastic"
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         if self.bits != EXACT_BITS and not (isinstance(self.bits, int) and MIN_BITS <= self.bits <= MAX_BITS):
@@ -92,12 +107,19 @@ class Codebook:
         if self.norm_format not in NORM_BYTES:
             raise CodebookError(f"norm_format must be one of {', '.join(NORM_BYTES)}; got {self.norm_format!r}")
         object.__setattr__(self, "clip", self._checked_clip())
+        object.__setattr__(self, "spread", float(np.float32(self.spread)))
+        self._check_rotation()
         if self.is_exact:
             if self.levels:
                 raise CodebookError(f"an exact codebook ({EXACT_BITS} bits) has no levels; got {len(self.levels)}")
             return
         rounded = np.asarray(self.levels, dtype=np.float32)
-        check_levels(rounded, self.bits)
+        check_levels(rounded, self.bits, may_lack_zero=self.rounding == "nearest")
+        if self.rounding == "nearest" and not 0.0 < self.spread * (rounded[0] + rounded[1]) / 2.0 <= 1.0:
+            raise CodebookError(
+                f"spread {self.spread!r} must be above 0, and so small that no bucket is rounded to zeros: the middle "
+                "of the first two levels at most at one standard deviation"
+            )
         object.__setattr__(self, "levels", tuple(float(level) for level in rounded))
 
     @classmethod
@@ -142,6 +164,23 @@ class Codebook:
     def from_dict(cls, fields: dict[str, Any]) -> "Codebook":
         """Codebook from `to_dict`'s result."""
         return cls(**{**fields, "levels": tuple(fields["levels"])})
+
+    def _check_rotation(self) -> None:
+        if self.rotation not in ROTATIONS:
+            raise CodebookError(f"rotation must be one of {', '.join(ROTATIONS)}; got {self.rotation!r}")
+        if self.rounding not in ROUNDINGS:
+            raise CodebookError(f"rounding must be one of {', '.join(ROUNDINGS)}; got {self.rounding!r}")
+        if self.rotation != "none" and self.bucket_size not in ROTATED_BUCKET_SIZES:
+            raise CodebookError(
+                f"rotated buckets have {', '.join(map(str, ROTATED_BUCKET_SIZES))} coordinates; "
+                f"got {self.bucket_size!r}"
+            )
+        if self.rotation != "none" and (self.is_exact or self.clip):
+            raise CodebookError("a codebook that rotates has 2 to 8 bits and does not clip")
+        if self.rounding == "nearest" and (self.rotation == "none" or self.norm != "l2"):
+            raise CodebookError('rounding to nearest needs rotation "hadamard" and norm "l2": else it is biased')
+        if self.rounding == "stochastic" and self.spread:
+            raise CodebookError("only codebooks that round to nearest have a spread")
 
     def _checked_clip(self) -> float:
         clip = float(np.float32(self.clip))

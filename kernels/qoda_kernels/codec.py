@@ -23,6 +23,7 @@ from qoda_kernels.codebook import ROWS, Codebook
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Segment
 from qoda_kernels.reference import rounding_table, signed_levels
+from qoda_kernels.rotation import RotationKey
 from qoda_kernels.wire import Header, MessageContext, check_header, fold_checksum, message_digest, pack_header
 from qoda_kernels.worker_threads import WorkerThreads
 
@@ -53,11 +54,12 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Call:
-    """A kernel, the parts it works on, and the arguments that never change."""
+    """A kernel, the parts it works on, the arguments that never change, and whether it takes a rotation's key."""
 
     kernel: Callable[..., Any]
     parts: npt.NDArray[np.int64]
     fixed: tuple[Any, ...]
+    rotates: bool = False
 
 
 class Codec:
@@ -92,6 +94,7 @@ class Codec:
         for key in sorted(self._codebooks):
             digest.update(self._codebooks[key].digest)
         self._digest = digest.digest()
+        self._rotates = any(book.rotation != "none" for book in self._codebooks.values())
         self._message_digests: dict[tuple[int, int, int], bytes] = {}
 
     def encode(
@@ -114,14 +117,15 @@ class Codec:
         message = torch.empty(self.plan.message_bytes, dtype=torch.uint8) if out is None else out
         if not self._is_message(message):
             raise PlanError(f"the message buffer must be a contiguous CPU uint8 [{self.plan.message_bytes}]")
-        key = context.key()
+        key, rotation = context.key(), context.rotation_key()
         addresses = _addresses(values)
         begin = message.data_ptr()
         totals: list[int] = []
 
         def run(calls: list[_Call]) -> None:
             for call in calls:
-                totals.append(call.kernel(addresses, call.parts, begin, key.words, *call.fixed))
+                words = (key.words, rotation.words) if call.rotates else (key.words,)
+                totals.append(call.kernel(addresses, call.parts, begin, *words, *call.fixed))
 
         self._threads.run(run, self._encoders(key.strata > 1))
         ctypes.memmove(begin, self._header_bytes(context, fold_checksum(sum(totals))), HEADER_BYTES)
@@ -140,13 +144,13 @@ class Codec:
 
         Args:
             messages: contiguous uint8 CPU tensors [message_bytes], one per sender.
-            contexts: what each message must be; seed and rank are not needed to decode.
+            contexts: what each message must be; the rank is not needed to decode, the seed only to rotate back.
             out: contiguous 1-D tensors with the slices' dtypes and lengths to write into; new ones by default.
             scale: factor of the sum; by default 1 / number of messages.
 
         Raises:
             WireError: when a message is damaged or not the expected one.
-            PlanError: when `out` does not fit the plan.
+            PlanError: when `out` does not fit the plan, or rotated messages have different rotations.
         """
         if not messages or len(messages) != len(contexts):
             raise PlanError(
@@ -158,10 +162,12 @@ class Codec:
         self._check_tensors(results)
         received, written = _addresses(messages), _addresses(results)
         factor = float(np.float32(1.0 / len(messages) if scale is None else scale))
+        rotation = common_rotation(contexts) if self._rotates else contexts[0].rotation_key()
 
         def run(calls: list[_Call]) -> None:
             for call in calls:
-                call.kernel(received, written, call.parts, factor, *call.fixed)
+                words = (rotation.words,) if call.rotates else ()
+                call.kernel(received, written, call.parts, factor, *words, *call.fixed)
 
         self._threads.run(run, self._decoders)
         return results
@@ -183,6 +189,10 @@ class Codec:
                 if book.is_exact:
                     return _Call(cpu.exact_encoder(), group.parts, (group.dtype.itemsize,))
                 method, fixed = tables[group.codebook]
+                if book.rotation != "none":
+                    rounds = is_stratified, book.rounding == "nearest"
+                    kernel = cpu.rotated_encoder(book.bits, book.bucket_size, method, _KINDS[group.dtype], *rounds)
+                    return _Call(kernel, group.parts, fixed, rotates=True)
                 kernel = cpu.encoder(book.bits, book.format.lanes, method, _KINDS[group.dtype], is_stratified)
                 return _Call(kernel, group.parts, fixed)
 
@@ -195,7 +205,11 @@ class Codec:
         table = cpu.kernel_table(rounding_table(codebook))
         clip = int(np.float32(codebook.clip).view(np.uint32))
         scalars = codebook.bucket_size, codebook.format.norm_bytes, codebook.norm == "l2", clip
-        return table.method, (*scalars, table.lines, table.levels, table.cells)
+        tables = table.lines, table.levels, table.cells
+        if codebook.rotation == "none":
+            return table.method, (*scalars, *tables)
+        levels = np.array(codebook.levels, dtype=np.float32)
+        return table.method, (*scalars, *tables, codebook.spread, levels, cpu.ROOTS)
 
     @cached_property
     def _decoders(self) -> list[list[_Call]]:
@@ -207,6 +221,9 @@ class Codec:
             if book.is_exact:
                 return _Call(cpu.exact_decoder(), group.parts, (kind,))
             fixed = book.bucket_size, book.format.norm_bytes, levels[group.codebook]
+            if book.rotation != "none":
+                kernel = cpu.rotated_decoder(book.bits, book.bucket_size, kind)
+                return _Call(kernel, group.parts, (*fixed, cpu.ROOTS), rotates=True)
             return _Call(cpu.decoder(book.bits, book.format.lanes, kind), group.parts, fixed)
 
         return [[call(group) for group in share] for share in self._shares]
@@ -268,6 +285,16 @@ class Codec:
 
         self._threads.run(add, range(count))
         return fold_checksum(sum(totals))
+
+
+def common_rotation(contexts: Sequence[MessageContext]) -> RotationKey:
+    """The rotation that all messages have; raises PlanError where they differ, for then sums mean nothing."""
+    keys = {context.rotation_key() for context in contexts}
+    if len(keys) > 1:
+        raise PlanError(
+            "messages of different exchanges are rotated differently and cannot be summed: decode each alone"
+        )
+    return keys.pop()
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> npt.NDArray[np.uint64]:

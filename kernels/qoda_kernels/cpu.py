@@ -26,6 +26,7 @@ from numba.core import event
 
 from qoda_kernels import tiles, word32
 from qoda_kernels.codebook import ROWS
+from qoda_kernels.dither import FIRST_MULTIPLIER, SECOND_MULTIPLIER
 from qoda_kernels.kernel_constants import (
     CHECKSUM,
     HALF_NAN,
@@ -47,6 +48,8 @@ from qoda_kernels.reference import (
     RoundingTable,
     fraction_bits,
 )
+from qoda_kernels.rotation import LANES as SIGN_LANES
+from qoda_kernels.rotation import SECOND_BLOCK_BIT, inverse_root
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,6 +70,8 @@ END = 7  # first byte behind the padding that follows them, if any
 PART_FIELDS = 8
 
 _GROUP = tiles.GROUP
+_FIRST, _SECOND = np.uint32(FIRST_MULTIPLIER), np.uint32(SECOND_MULTIPLIER)
+ROOTS = np.array([inverse_root(1 << power) for power in range(11)])  # 1 / sqrt(2^i), for the kernels of rotated buckets
 _SUM_STEP = 64  # bytes
 _CHUNK = 32  # buckets whose codes are summed for the checksum while they are in the cache
 _AHEAD = 2048  # coordinates that are asked for before they are quantized; they fit into the first cache twice
@@ -174,10 +179,31 @@ def _max_magnitude(address: np.uint64, length: int) -> np.uint32:
 
 
 @_kernel
-def _l2_norm(address: np.uint64, length: int, largest: np.uint32, lanes: npt.NDArray[np.float32]) -> np.uint32:
-    """Euclidean norm of a finite bucket that is not all zero, as float32 bits (`reference.bucket_norm`)."""
-    field = min(max(254 - int(largest >> np.uint32(23)), 1), 253)
-    scale = word32.float_from_bits(np.uint32(field << 23))
+def _add_in_tree(lanes: npt.NDArray[np.float32]) -> np.float32:
+    """Sum of L2_LANES numbers: j with j + 16, then j + 8, ..."""
+    width = L2_LANES // 2
+    while width > 0:
+        for lane in range(width):
+            lanes[lane] = np.float32(lanes[lane] + lanes[lane + width])
+        width //= 2
+    return lanes[0]
+
+
+@_kernel
+def _sum_of_values(address: np.uint64, length: int, lanes: npt.NDArray[np.float32]) -> np.float32:
+    """`reference.tree_sum`."""
+    lanes[:] = np.float32(0.0)
+    rows = length // L2_LANES
+    tiles.add_values(np.uint64(address), rows, lanes)
+    values = carray(word32.float_pointer(np.uint64(address)), (length,), np.float32)
+    for lane in range(length - rows * L2_LANES):
+        lanes[lane] = np.float32(lanes[lane] + values[rows * L2_LANES + lane])
+    return _add_in_tree(lanes)
+
+
+@_kernel
+def _sum_of_squares(address: np.uint64, length: int, scale: np.float32, lanes: npt.NDArray[np.float32]) -> np.float32:
+    """`reference.tree_sum` of the squares of values times a scale."""
     lanes[:] = np.float32(0.0)
     rows = length // L2_LANES
     tiles.add_squares(np.uint64(address), rows, scale, lanes)
@@ -185,13 +211,134 @@ def _l2_norm(address: np.uint64, length: int, largest: np.uint32, lanes: npt.NDA
     for lane in range(length - rows * L2_LANES):
         scaled = np.float32(values[rows * L2_LANES + lane] * scale)
         lanes[lane] = np.float32(lanes[lane] + np.float32(scaled * scaled))
-    width = L2_LANES // 2
-    while width > 0:
-        for lane in range(width):
-            lanes[lane] = np.float32(lanes[lane] + lanes[lane + width])
-        width //= 2
-    root = np.float32(np.sqrt(lanes[0]) * word32.float_from_bits(np.uint32((254 - field) << 23)))
+    return _add_in_tree(lanes)
+
+
+@_inline
+def _exponent_of_scale(largest: np.uint32) -> int:
+    """Exponent field of the first of `reference.powers_of_scale`; that of the second is 254 less it."""
+    return min(max(254 - int(largest >> np.uint32(23)), 1), 253)
+
+
+@_kernel
+def _l2_norm(address: np.uint64, length: int, largest: np.uint32, lanes: npt.NDArray[np.float32]) -> np.uint32:
+    """Euclidean norm of a finite bucket that is not all zero, as float32 bits (`reference.bucket_norm`)."""
+    field = _exponent_of_scale(largest)
+    total = _sum_of_squares(address, length, word32.float_from_bits(np.uint32(field << 23)), lanes)
+    root = np.float32(np.sqrt(total) * word32.float_from_bits(np.uint32((254 - field) << 23)))
     return word32.minimum(word32.float_bits(root), LARGEST)
+
+
+@_kernel
+def _fill_signs(weyl: np.uint32, first: np.uint32, second: np.uint32, words: npt.NDArray[np.uint32]) -> None:
+    """Hashes of SIGN_LANES neighbouring coordinates (`dither.hash32`), whose bits are signs (`rotation.py`)."""
+    for lane in range(words.size):
+        word = word32.bit_xor(word32.add(weyl, word32.multiply(np.uint32(lane), WEYL)), first)
+        word = word32.bit_xor(word, word32.shift_right(word, np.uint32(15)))
+        word = word32.bit_xor(word32.multiply(word, _FIRST), second)
+        word = word32.bit_xor(word, word32.shift_right(word, np.uint32(15)))
+        word = word32.multiply(word, _SECOND)
+        words[lane] = word32.bit_xor(word, word32.shift_right(word, np.uint32(15)))
+
+
+@_kernel
+def _apply_signs(values: npt.NDArray[np.float32], first_bit: int, words: npt.NDArray[np.uint32]) -> None:
+    """Give a block of a bucket the signs that begin at a bit of the words."""
+    for place in range(values.size):
+        word = words[place % SIGN_LANES]
+        bit = word32.shift_left(word, np.uint32(31 - first_bit - place // SIGN_LANES))
+        sign = word32.bit_and(bit, SIGN)
+        values[place] = word32.float_from_bits(word32.bit_xor(word32.float_bits(values[place]), sign))
+
+
+@_kernel
+def _transform(values: npt.NDArray[np.float32], factor: np.float32) -> None:
+    """Walsh-Hadamard transform of a power of two of values, times a factor."""
+    distance = values.size // 2
+    while distance > 0:
+        for begin in range(0, values.size, 2 * distance):
+            for place in range(begin, begin + distance):
+                a, b = values[place], values[place + distance]
+                values[place] = np.float32(a + b)
+                values[place + distance] = np.float32(a - b)
+        distance //= 2
+    for place in range(values.size):
+        values[place] = np.float32(values[place] * factor)
+
+
+@_inline
+def _block_size(length):  # type: ignore[no-untyped-def]  # Numba infers
+    """Binary logarithm of the largest power of two that is not above a length."""
+    power = 0
+    while 2 << power <= length:
+        power += 1
+    return power
+
+
+@_kernel
+def _rotate_tail(
+    values: npt.NDArray[np.float32],
+    weyl: np.uint32,
+    first: np.uint32,
+    second: np.uint32,
+    factors: npt.NDArray[np.float32],
+    words: npt.NDArray[np.uint32],
+) -> None:
+    """`rotation.rotate`, in place, for any length.
+
+    Args:
+        values: float32 [n], n at most 512 or a power of two.
+        weyl: as for `tiles.rotate`; so are first and second.
+        first: see there.
+        second: see there.
+        factors: float32, 1 / sqrt(2^i).
+        words: uint32 [SIGN_LANES], scratch.
+    """
+    _fill_signs(weyl, first, second, words)
+    power = _block_size(values.size)
+    block = values[: 1 << power]
+    _apply_signs(block, 0, words)
+    _transform(block, factors[power])
+    if block.size < values.size:
+        block = values[values.size - block.size :]
+        _apply_signs(block, SECOND_BLOCK_BIT, words)
+        _transform(block, factors[power])
+
+
+@_kernel
+def _rotate_tail_back(
+    values: npt.NDArray[np.float32],
+    weyl: np.uint32,
+    first: np.uint32,
+    second: np.uint32,
+    factors: npt.NDArray[np.float32],
+    words: npt.NDArray[np.uint32],
+) -> None:
+    """`rotation.rotate_back`, in place; the arguments are those of `_rotate_tail`."""
+    _fill_signs(weyl, first, second, words)
+    power = _block_size(values.size)
+    size = 1 << power
+    if size < values.size:
+        block = values[values.size - size :]
+        _transform(block, factors[power])
+        _apply_signs(block, SECOND_BLOCK_BIT, words)
+    block = values[:size]
+    _transform(block, factors[power])
+    _apply_signs(block, 0, words)
+
+
+@_kernel
+def _write_norm(norms: npt.NDArray[np.uint8], number: int, norm_bytes: int, norm_bits: np.uint32) -> None:
+    """Write the upper norm_bytes bytes of a norm word as norm `number`."""
+    for byte in range(norm_bytes):
+        position = np.uint32(8 * (byte + 4 - norm_bytes))
+        norms[number * norm_bytes + byte] = word32.low_byte(word32.shift_right(norm_bits, position))
+
+
+@_kernel
+def _round_to_bfloat16(word: np.uint32) -> np.uint32:
+    """A non-negative finite norm as float32 bits, rounded to nearest in bfloat16 (halves up)."""
+    return word32.bit_and(word32.add(word, np.uint32(0x8000)), HIGH_HALF)
 
 
 @_kernel
@@ -294,8 +441,13 @@ def _table_with_cells(table: RoundingTable, shift: int) -> KernelTable | None:
 _FLOATS, _WORDS, _PARTS = types.float32[::1], types.uint32[::1], types.int64[:, ::1]
 _ADDRESSES = types.uint64[::1]
 _CODEBOOK = (types.int64, types.int64, types.boolean, types.uint32, _FLOATS, _FLOATS, _WORDS)
+_ROTATION = (types.float32, _FLOATS, _FLOATS)
 _ENCODE = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, *_CODEBOOK)
+_ENCODE_ROTATED = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, _WORDS, *_CODEBOOK, *_ROTATION)
 _DECODE = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64, types.int64, _FLOATS)
+_DECODE_ROTATED = types.void(
+    _ADDRESSES, _ADDRESSES, _PARTS, types.float32, _WORDS, types.int64, types.int64, _FLOATS, _FLOATS
+)
 _COPY = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, types.int64)
 _SUM = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64)
 
@@ -326,6 +478,94 @@ def _compiled(kernel: Any, signature: Any, name: str) -> Callable[..., Any]:
     return function
 
 
+@_inline
+def _encode_tiles(  # type: ignore[no-untyped-def]  # Numba infers
+    bucket,
+    length,
+    codes,
+    ahead,
+    coordinate,
+    key,
+    scale,
+    limit,
+    lines,
+    levels,
+    cells,
+    magnitudes,
+    tail_values,
+    tail_codes,
+    bits,
+    lanes,
+    tile_bytes,
+    shift,
+    method,
+    is_stratified,
+    is_limited,
+    is_nearest,
+):
+    """Quantize and pack one bucket, `length` float32 at the address `bucket`, into packed codes at the address `codes`.
+
+    Where rounding is to nearest, the bucket's coordinates are replaced as in `tiles.encode_tile`, which explains most
+    of the arguments. `ahead` is the address of values that will be wanted soon, as many as the bucket has, tile_bytes
+    for a tile; `coordinate` (uint64) the number of the bucket's first coordinate in the whole model; tail_values,
+    float32 [ROWS * lanes], and tail_codes, uint8 [bits * lanes], are scratch.
+    """
+    tile = ROWS * lanes
+    high_share = word32.multiply(np.uint32(coordinate >> np.uint64(32)), HIGH_WORD)
+    low_place = np.uint32(coordinate & np.uint64(0xFFFFFFFF))
+    full_tiles = length // tile
+    rest = length - full_tiles * tile
+    tail_lanes = (rest + ROWS - 1) // ROWS
+    for tile_number in range(full_tiles + (1 if rest > 0 else 0)):
+        is_tail = tile_number == full_tiles
+        source = bucket + np.uint64(4 * tile_number * tile)
+        target = codes + np.uint64(tile_number * bits * lanes)
+        row_length = lanes
+        if is_tail:
+            rows = carray(word32.float_pointer(source), (rest,), np.float32)
+            tail_values[:] = np.float32(0.0)
+            for place in range(rest):
+                row = place // tail_lanes
+                tail_values[row * lanes + place - row * tail_lanes] = rows[place]
+            row_length = tail_lanes
+            source = np.uint64(tail_values.ctypes.data)
+            target = np.uint64(tail_codes.ctypes.data)
+        else:
+            tiles.prefetch(ahead + np.uint64(tile_number * tile_bytes), tile_bytes)
+        tiles.encode_tile(
+            source,
+            target,
+            word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), WEYL),
+            word32.multiply(np.uint32(row_length), WEYL),
+            key,
+            word32.add(key[0], high_share),
+            word32.add(key[2], high_share),
+            scale,
+            limit,
+            lines,
+            levels,
+            cells,
+            magnitudes,
+            bits,
+            lanes,
+            shift,
+            method,
+            is_stratified,
+            is_limited,
+            is_nearest,
+        )
+        if is_tail:
+            packed = _bytes_at(codes + np.uint64(tile_number * bits * lanes), bits * tail_lanes)
+            for plane in range(bits):
+                for lane in range(tail_lanes):
+                    packed[plane * tail_lanes + lane] = tail_codes[plane * lanes + lane]
+            if is_nearest:
+                rows = carray(word32.float_pointer(bucket + np.uint64(4 * tile_number * tile)), (rest,), np.float32)
+                for place in range(rest):
+                    row = place // tail_lanes
+                    rows[place] = tail_values[row * lanes + place - row * tail_lanes]
+
+
 @cache
 def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) -> Callable[..., int]:
     """Kernel that quantizes and packs parts; compiles it if need be.
@@ -353,7 +593,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
     is_uniform = method == "uniform"
     tile = ROWS * lanes
     item_bytes = 4 if kind == FLOAT32 else 2
-    tile_bytes = item_bytes * tile
+    tile_bytes = item_bytes * ROWS * lanes
     has_strata = int(is_stratified)
     sources = _SOURCES
 
@@ -407,9 +647,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                     norm_bits = _l2_norm(bucket, length, norm_bits, sums)
                 if norm_bytes == 2:
                     norm_bits = _round_up_to_bfloat16(norm_bits)
-                for byte in range(norm_bytes):
-                    position = np.uint32(8 * (byte + 4 - norm_bytes))
-                    norms[number * norm_bytes + byte] = word32.low_byte(word32.shift_right(norm_bits, position))
+                _write_norm(norms, number, norm_bytes, norm_bits)
                 codes = message + np.uint64(codes_begin)
                 if norm_bits == np.uint32(0) or norm_bits >= INFINITY:
                     _bytes_at(codes, codes_end - codes_begin)[:] = np.uint8(0)
@@ -431,53 +669,30 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                         norm = np.float32(norm * TINY_SCALE)
                     scale = np.float32((uniform_scale if is_uniform else np.float32(1.0)) / norm)
                     coordinate = np.uint64(part[COORDINATE]) + np.uint64(begin)
-                    high_place = np.uint32(coordinate >> np.uint64(32))
-                    low_place = np.uint32(coordinate & np.uint64(0xFFFFFFFF))
-                    high_share = word32.multiply(high_place, HIGH_WORD)
-                    full_tiles = length // tile
-                    rest = length - full_tiles * tile
-                    tail_lanes = (rest + ROWS - 1) // ROWS
-                    for tile_number in range(full_tiles + (1 if rest > 0 else 0)):
-                        is_tail = tile_number == full_tiles
-                        source = bucket + np.uint64(4 * tile_number * tile)
-                        target = codes + np.uint64(tile_number * bits * lanes)
-                        row_length = lanes
-                        if is_tail:
-                            rows = carray(word32.float_pointer(source), (rest,), np.float32)
-                            tail_values[:] = np.float32(0.0)
-                            for place in range(rest):
-                                row = place // tail_lanes
-                                tail_values[row * lanes + place - row * tail_lanes] = rows[place]
-                            row_length = tail_lanes
-                            source = np.uint64(tail_values.ctypes.data)
-                            target = np.uint64(tail_codes.ctypes.data)
-                        else:
-                            tiles.prefetch(given + np.uint64(tile_number * tile_bytes) + bytes_ahead, tile_bytes)
-                        weyl = word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), WEYL)
-                        row_weyl = word32.multiply(np.uint32(row_length), WEYL)
-                        tiles.encode_tile(
-                            source,
-                            target,
-                            weyl,
-                            row_weyl,
-                            key,
-                            word32.add(key[0], high_share),
-                            word32.add(key[2], high_share),
-                            scale,
-                            lines,
-                            levels,
-                            cells,
-                            bits,
-                            lanes,
-                            shift,
-                            number_of_method,
-                            has_strata,
-                        )
-                        if is_tail:
-                            packed = _bytes_at(codes + np.uint64(tile_number * bits * lanes), bits * tail_lanes)
-                            for plane in range(bits):
-                                for lane in range(tail_lanes):
-                                    packed[plane * tail_lanes + lane] = tail_codes[plane * lanes + lane]
+                    _encode_tiles(
+                        bucket,
+                        length,
+                        codes,
+                        given + bytes_ahead,
+                        coordinate,
+                        key,
+                        scale,
+                        norm,
+                        lines,
+                        levels,
+                        cells,
+                        levels,
+                        tail_values,
+                        tail_codes,
+                        bits,
+                        lanes,
+                        tile_bytes,
+                        shift,
+                        number_of_method,
+                        has_strata,
+                        0,
+                        0,
+                    )
                 if (number + 1) % _CHUNK == 0:
                     total += sum_bytes(message, summed, codes_end)
                     summed = codes_end
@@ -488,6 +703,64 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
         return total
 
     return _compiled(encode, _ENCODE, f"encodes {bits} bits ({method})")
+
+
+@_inline
+def _sum_bucket(  # type: ignore[no-untyped-def]  # Numba infers
+    messages,
+    norm_begin,
+    codes_begin,
+    bucket,
+    length,
+    norm_bytes,
+    levels,
+    tail_values,
+    tail_codes,
+    bits,
+    lanes,
+):
+    """Sum one bucket of all messages; returns whether all its norms are finite, and else leaves the sum unfinished.
+
+    The sum, `length` float32, is written to the address `bucket`. norm_begin and codes_begin are the first bytes of the
+    norm word and of the codes, counted from a message's start. tail_values, float32 [ROWS * lanes], and tail_codes,
+    uint8 [bits * lanes], are scratch.
+    """
+    tile = ROWS * lanes
+    full_tiles = length // tile
+    rest = length - full_tiles * tile
+    tail_lanes = (rest + ROWS - 1) // ROWS
+    is_finite = True
+    for source in range(messages.size):
+        word_bytes = _bytes_at(messages[source] + np.uint64(norm_begin), norm_bytes)
+        norm_bits = np.uint32(0)
+        for byte in range(norm_bytes):
+            position = np.uint32(8 * (byte + 4 - norm_bytes))
+            norm_bits = word32.bit_or(norm_bits, word32.shift_left(np.uint32(word_bytes[byte]), position))
+        if norm_bits >= INFINITY:
+            is_finite = False
+            break
+        norm = word32.float_from_bits(norm_bits)
+        codes = messages[source] + np.uint64(codes_begin)
+        for tile_number in range(full_tiles):
+            place = codes + np.uint64(tile_number * bits * lanes)
+            target = bucket + np.uint64(4 * tile_number * tile)
+            if source == 0:
+                tiles.decode_tile(place, target, norm, levels, bits, lanes, 1)
+            else:
+                tiles.decode_tile(place, target, norm, levels, bits, lanes, 0)
+        if rest > 0:
+            packed = _bytes_at(codes + np.uint64(full_tiles * bits * lanes), bits * tail_lanes)
+            for plane in range(bits):
+                for lane in range(tail_lanes):
+                    tail_codes[plane * lanes + lane] = packed[plane * tail_lanes + lane]
+            target = np.uint64(tail_values.ctypes.data)
+            tiles.decode_tile(np.uint64(tail_codes.ctypes.data), target, norm, levels, bits, lanes, 1)
+            tail = carray(word32.float_pointer(bucket + np.uint64(4 * full_tiles * tile)), (rest,), np.float32)
+            for place in range(rest):
+                row = place // tail_lanes
+                value = tail_values[row * lanes + place - row * tail_lanes]
+                tail[place] = value if source == 0 else np.float32(tail[place] + value)
+    return is_finite
 
 
 @cache
@@ -529,42 +802,19 @@ def decoder(bits: int, lanes: int, kind: int) -> Callable[..., None]:
                 if kind == FLOAT32:
                     bucket = tensor + np.uint64(4 * begin)
                 sums = carray(word32.float_pointer(bucket), (length,), np.float32)
-                is_finite = True
-                for source in range(messages.size):
-                    word_bytes = _bytes_at(
-                        messages[source] + np.uint64(part[NORMS_BEGIN] + number * norm_bytes), norm_bytes
-                    )
-                    norm_bits = np.uint32(0)
-                    for byte in range(norm_bytes):
-                        position = np.uint32(8 * (byte + 4 - norm_bytes))
-                        norm_bits = word32.bit_or(norm_bits, word32.shift_left(np.uint32(word_bytes[byte]), position))
-                    if norm_bits >= INFINITY:
-                        is_finite = False
-                        break
-                    norm = word32.float_from_bits(norm_bits)
-                    codes = messages[source] + np.uint64(part[CODES_BEGIN] + number * bucket_bytes)
-                    full_tiles = length // tile
-                    for tile_number in range(full_tiles):
-                        place = codes + np.uint64(tile_number * bits * lanes)
-                        target = bucket + np.uint64(4 * tile_number * tile)
-                        if source == 0:
-                            tiles.decode_tile(place, target, norm, levels, bits, lanes, 1)
-                        else:
-                            tiles.decode_tile(place, target, norm, levels, bits, lanes, 0)
-                    rest = length - full_tiles * tile
-                    if rest > 0:
-                        tail_lanes = (rest + ROWS - 1) // ROWS
-                        packed = _bytes_at(codes + np.uint64(full_tiles * bits * lanes), bits * tail_lanes)
-                        for plane in range(bits):
-                            for lane in range(tail_lanes):
-                                tail_codes[plane * lanes + lane] = packed[plane * tail_lanes + lane]
-                        target = np.uint64(tail_values.ctypes.data)
-                        tiles.decode_tile(np.uint64(tail_codes.ctypes.data), target, norm, levels, bits, lanes, 1)
-                        tail = sums[full_tiles * tile :]
-                        for place in range(rest):
-                            row = place // tail_lanes
-                            value = tail_values[row * lanes + place - row * tail_lanes]
-                            tail[place] = value if source == 0 else np.float32(tail[place] + value)
+                is_finite = _sum_bucket(
+                    messages,
+                    part[NORMS_BEGIN] + number * norm_bytes,
+                    part[CODES_BEGIN] + number * bucket_bytes,
+                    bucket,
+                    length,
+                    norm_bytes,
+                    levels,
+                    tail_values,
+                    tail_codes,
+                    bits,
+                    lanes,
+                )
                 if is_finite:
                     for place in range(length):
                         sums[place] = np.float32(sums[place] * scale)
@@ -575,6 +825,234 @@ def decoder(bits: int, lanes: int, kind: int) -> Callable[..., None]:
                     round_values(sums, kind, halves)
 
     return _compiled(decode, _DECODE, f"decodes {bits} bits")
+
+
+@cache
+def rotated_encoder(
+    bits: int, bucket_size: int, method: str, kind: int, is_stratified: bool, is_nearest: bool
+) -> Callable[..., int]:
+    """Kernel that rotates, quantizes and packs parts (`reference.quantize_rotated`); compiles it if need be.
+
+    The kernel takes an `encoder`'s arguments, with the `RotationKey.words` behind the key, and in the end:
+        spread: float32, of the codebook.
+        magnitudes: float32 [2^(bits-1)], its levels.
+        roots: ROOTS.
+
+    Args:
+        bits: code width.
+        bucket_size: of the codebook.
+        method: of the `KernelTable`.
+        kind: dtype of the tensors: FLOAT32, FLOAT16 or BFLOAT16.
+        is_stratified: whether the key has several strata.
+        is_nearest: whether coordinates are rounded to nearest.
+    """
+    lanes = 32 if bucket_size % (ROWS * 32) == 0 else 16
+    shift = fraction_bits(bits)
+    uniform_scale = np.float32((2 ** (bits - 1) - 1) << shift)
+    number_of_method = METHODS[method]
+    is_uniform = method == "uniform"
+    item_bytes = 4 if kind == FLOAT32 else 2
+    tile_bytes = item_bytes * ROWS * lanes
+    has_strata = int(is_stratified and not is_nearest)
+    to_nearest = int(is_nearest)
+    whole = bucket_size
+    sources = _SOURCES
+
+    @_kernel
+    def encode(  # type: ignore[no-untyped-def]  # Numba infers
+        values,
+        parts,
+        message,
+        key,
+        rotation,
+        bucket_size,
+        norm_bytes,
+        is_l2,
+        clip,
+        lines,
+        levels,
+        cells,
+        spread,
+        magnitudes,
+        roots,
+    ):
+        _ = sources
+        scratch = np.empty(bucket_size, dtype=np.float32)
+        tail_values = np.empty(ROWS * lanes, dtype=np.float32)
+        tail_codes = np.empty(bits * lanes, dtype=np.uint8)
+        sums = np.empty(L2_LANES, dtype=np.float32)
+        words = np.empty(SIGN_LANES, dtype=np.uint32)
+        bucket = np.uint64(scratch.ctypes.data)
+        bucket_bytes = np.int64(bucket_size // ROWS * bits)
+        root = roots[_block_size(bucket_size)]
+        total = np.uint64(0)
+        for index in range(parts.shape[0]):
+            part = parts[index]
+            tensor = values[part[SEGMENT]] + np.uint64(item_bytes * part[FIRST])
+            buckets = (part[LENGTH] + bucket_size - 1) // bucket_size
+            norms = _bytes_at(message + np.uint64(part[NORMS_BEGIN]), buckets * norm_bytes)
+            summed = part[CODES_BEGIN]
+            for number in range(buckets):
+                begin = number * bucket_size
+                length = min(bucket_size, part[LENGTH] - begin)
+                given = tensor + np.uint64(item_bytes * begin)
+                codes_begin = part[CODES_BEGIN] + number * bucket_bytes
+                codes_end = min(codes_begin + bucket_bytes, part[CODES_END])
+                codes = message + np.uint64(codes_begin)
+                source = given
+                if kind != FLOAT32:
+                    widen_values(carray(word32.half_pointer(given), (length,), np.uint16), kind, scratch)
+                    source = bucket
+                largest = _max_magnitude(source, length)
+                norm_bits = NAN if largest >= INFINITY else np.uint32(0)
+                norm = np.float32(0.0)
+                power = np.float32(0.0)
+                down = np.float32(0.0)
+                if largest > np.uint32(0) and largest < INFINITY:
+                    field = _exponent_of_scale(largest)
+                    up = word32.float_from_bits(np.uint32(field << 23))
+                    down = word32.float_from_bits(np.uint32((254 - field) << 23))
+                    coordinate = np.uint64(part[COORDINATE]) + np.uint64(begin)
+                    high_share = word32.multiply(np.uint32(coordinate >> np.uint64(32)), HIGH_WORD)
+                    weyl = word32.multiply(np.uint32(coordinate & np.uint64(0xFFFFFFFF)), WEYL)
+                    first = word32.add(rotation[0], high_share)
+                    if length == bucket_size:
+                        tiles.rotate(source, bucket, up, weyl, first, rotation[1], root, whole)
+                    else:
+                        given_values = carray(word32.float_pointer(source), (length,), np.float32)
+                        for place in range(length):
+                            scratch[place] = np.float32(given_values[place] * up)
+                        _rotate_tail(scratch[:length], weyl, first, rotation[1], roots, words)
+                    if is_nearest:
+                        power = _sum_of_squares(bucket, length, np.float32(1.0), sums)
+                        norm = np.float32(np.sqrt(np.float32(power / np.float32(length))) * spread)
+                    else:
+                        norm_bits = _max_magnitude(bucket, length)
+                        if is_l2:
+                            norm_bits = _l2_norm(bucket, length, norm_bits, sums)
+                        norm = np.float32(word32.float_from_bits(norm_bits) * down)
+                        norm_bits = word32.minimum(word32.float_bits(norm), LARGEST)
+                        if norm_bytes == 2:
+                            norm_bits = _round_up_to_bfloat16(norm_bits)
+                        norm = np.float32(0.0)
+                        if norm_bits < INFINITY:
+                            norm = np.float32(word32.float_from_bits(norm_bits) * up)
+                if norm > np.float32(0.0):
+                    scale = np.float32((uniform_scale if is_uniform else np.float32(1.0)) / norm)
+                    _encode_tiles(
+                        bucket,
+                        length,
+                        codes,
+                        given + np.uint64(item_bytes * _AHEAD),
+                        coordinate,
+                        key,
+                        scale,
+                        norm,
+                        lines,
+                        levels,
+                        cells,
+                        magnitudes,
+                        tail_values,
+                        tail_codes,
+                        bits,
+                        lanes,
+                        tile_bytes,
+                        shift,
+                        number_of_method,
+                        has_strata,
+                        1,
+                        to_nearest,
+                    )
+                    if is_nearest:
+                        ratio = np.float32(power / _sum_of_values(bucket, length, sums))
+                        norm_bits = word32.minimum(word32.float_bits(np.float32(ratio * down)), LARGEST)
+                        if norm_bytes == 2:
+                            norm_bits = _round_to_bfloat16(norm_bits)
+                else:
+                    _bytes_at(codes, codes_end - codes_begin)[:] = np.uint8(0)
+                _write_norm(norms, number, norm_bytes, norm_bits)
+                if (number + 1) % _CHUNK == 0:
+                    total += sum_bytes(message, summed, codes_end)
+                    summed = codes_end
+            padding = _bytes_at(message + np.uint64(part[CODES_END]), part[END] - part[CODES_END])
+            padding[:] = np.uint8(0)
+            total += sum_bytes(message, summed, part[CODES_END])
+            total += sum_bytes(message, part[NORMS_BEGIN], part[NORMS_BEGIN] + norms.size)
+        return total
+
+    return _compiled(encode, _ENCODE_ROTATED, f"rotates and encodes {bits} bits ({method})")
+
+
+@cache
+def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Callable[..., None]:
+    """Kernel that decodes parts of several messages, sums, rotates back, and scales; compiles it if need be.
+
+    The kernel takes a `decoder`'s arguments, with the `RotationKey.words` behind the scale, and in the end ROOTS.
+
+    Args:
+        bits: code width.
+        bucket_size: of the codebook.
+        kind: dtype of the tensors: FLOAT32, FLOAT16 or BFLOAT16.
+    """
+    lanes = 32 if bucket_size % (ROWS * 32) == 0 else 16
+    item_bytes = 4 if kind == FLOAT32 else 2
+    whole = bucket_size
+    sources = _SOURCES
+
+    @_kernel
+    def decode(  # type: ignore[no-untyped-def]  # Numba infers
+        messages, results, parts, scale, rotation, bucket_size, norm_bytes, levels, roots
+    ):
+        _ = sources
+        scratch = np.empty(bucket_size, dtype=np.float32)
+        tail_values = np.empty(ROWS * lanes, dtype=np.float32)
+        tail_codes = np.empty(bits * lanes, dtype=np.uint8)
+        words = np.empty(SIGN_LANES, dtype=np.uint32)
+        bucket_bytes = np.int64(bucket_size // ROWS * bits)
+        root = roots[_block_size(bucket_size)]
+        for index in range(parts.shape[0]):
+            part = parts[index]
+            tensor = results[part[SEGMENT]] + np.uint64(item_bytes * part[FIRST])
+            buckets = (part[LENGTH] + bucket_size - 1) // bucket_size
+            for number in range(buckets):
+                begin = number * bucket_size
+                length = min(bucket_size, part[LENGTH] - begin)
+                bucket = np.uint64(scratch.ctypes.data)
+                if kind == FLOAT32:
+                    bucket = tensor + np.uint64(4 * begin)
+                sums = carray(word32.float_pointer(bucket), (length,), np.float32)
+                is_finite = _sum_bucket(
+                    messages,
+                    part[NORMS_BEGIN] + number * norm_bytes,
+                    part[CODES_BEGIN] + number * bucket_bytes,
+                    bucket,
+                    length,
+                    norm_bytes,
+                    levels,
+                    tail_values,
+                    tail_codes,
+                    bits,
+                    lanes,
+                )
+                if not is_finite:
+                    sums[:] = word32.float_from_bits(NAN)
+                else:
+                    coordinate = np.uint64(part[COORDINATE]) + np.uint64(begin)
+                    high_share = word32.multiply(np.uint32(coordinate >> np.uint64(32)), HIGH_WORD)
+                    weyl = word32.multiply(np.uint32(coordinate & np.uint64(0xFFFFFFFF)), WEYL)
+                    first = word32.add(rotation[0], high_share)
+                    if length == bucket_size:
+                        tiles.rotate_back(bucket, scale, weyl, first, rotation[1], root, whole)
+                    else:
+                        _rotate_tail_back(sums, weyl, first, rotation[1], roots, words)
+                        for place in range(length):
+                            value = np.float32(sums[place] * scale)
+                            sums[place] = word32.float_from_bits(NAN) if np.isnan(value) else value
+                if kind != FLOAT32:
+                    halves = carray(word32.half_pointer(tensor + np.uint64(2 * begin)), (length,), np.uint16)
+                    round_values(sums, kind, halves)
+
+    return _compiled(decode, _DECODE_ROTATED, f"decodes {bits} bits and rotates back")
 
 
 @_kernel

@@ -125,6 +125,10 @@ class PlanTables:
         levels: list[npt.NDArray[np.float32]] = []
         places: dict[str, tuple[int, int, int, int]] = {}
         for number, key in enumerate(keys):
+            if codebooks[key].rotation != "none":
+                raise PlanError(
+                    f"codebook {key!r} rotates, which CUDA devices cannot do yet: move gradients to the CPU"
+                )
             table = rounding_table(codebooks[key])
             parts = {
                 "uniform": [],

@@ -109,11 +109,11 @@ def exponential_levels(bits: int) -> Float32Array:
     return np.concatenate(([0.0], positive)).astype(np.float32)
 
 
-def check_levels(levels: npt.ArrayLike, bits: int) -> Float32Array:
+def check_levels(levels: npt.ArrayLike, bits: int, may_lack_zero: bool = False) -> Float32Array:
     """Validate a level sequence and return it as float32 [2**(bits - 1)].
 
     Raises CodebookError unless the values are 2**(bits - 1) finite numbers that float32 represents exactly, start
-    with 0, end with 1, increase strictly, and have no positive level below 2**-63.
+    with 0 (or above, if it may lack), end with 1, increase strictly, and have no positive level below 2**-63.
     """
     count = level_count(bits)
     try:
@@ -124,14 +124,16 @@ def check_levels(levels: npt.ArrayLike, bits: int) -> Float32Array:
         raise CodebookError(f"{bits} bits need {count} levels in one dimension, not the shape {given.shape}")
     if not np.all(np.isfinite(given)):
         raise CodebookError(f"levels must be finite: {given.tolist()}")
-    if given[0] != 0.0 or given[-1] != 1.0:
+    begins_well = given[0] >= 0.0 if may_lack_zero else given[0] == 0.0
+    if not begins_well or given[-1] != 1.0:
         raise CodebookError(f"levels must begin with 0 and end with 1, not {given[0]!r} and {given[-1]!r}")
     fall = np.flatnonzero(np.diff(given) <= 0.0)
     if fall.size:
         j = int(fall[0])
         raise CodebookError(f"levels must increase strictly, but level {j + 1} = {given[j + 1]} <= {given[j]}")
-    if given[1] < SMALLEST_LEVEL:
-        raise CodebookError(f"the smallest positive level must be at least 2**-63, not {given[1]}")
+    smallest = given[0] if given[0] > 0.0 else given[1]
+    if smallest < SMALLEST_LEVEL:
+        raise CodebookError(f"the smallest positive level must be at least 2**-63, not {smallest}")
     rounded = given.astype(np.float32)
     inexact = np.flatnonzero(rounded != given)
     if inexact.size:

@@ -1,7 +1,7 @@
 """The codec in plain NumPy: the definition that every fast kernel must equal bit for bit.
 
 Read in this order: `bucket_norm`, `rounding_table`, `fixed_point`, `quantize`, `pack`, `unpack`, `decode` and
-`decode_mean`.
+`decode_mean`; for buckets that are rotated first, `rotation.py` and `quantize_rotated`.
 
 Quantizing coordinate v of a bucket with norm N and levels l_0 .. l_s (s = 2^(bits-1) - 1), arXiv 2505.14371 section 3:
 let u = |v| / N lie between l_i and l_{i+1}; the position of u on the scale of level indices is
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from qoda_kernels.codebook import ROWS, Codebook
 from qoda_kernels.dither import DitherKey, hash32, stratified
+from qoda_kernels.rotation import RotationKey, rotate, rotate_back
 
 Float32Array = npt.NDArray[np.float32]
 UInt32Array = npt.NDArray[np.uint32]
@@ -27,6 +28,7 @@ INFINITY_BITS = 0x7F800000
 NAN_BITS = 0x7FC00000  # the norm word of a bucket with a NaN or an infinity, and what its coordinates decode to
 TINY_NORM = np.float32(2.0**-100)  # below it, 2^F * s / norm could overflow: the bucket is scaled up first
 TINY_SCALE = np.float32(2.0**100)
+_LARGEST = np.finfo(np.float32).max
 L2_LANES = 32
 
 
@@ -65,25 +67,37 @@ def bucket_norm(bucket: Float32Array, norm: str, clip: float = 0.0) -> np.float3
         return np.float32(clip)
     if norm == "max" or magnitude == 0:
         return _float(magnitude)
+    up, down = powers_of_scale(magnitude)
+    scaled = bucket * up
+    with np.errstate(over="ignore"):
+        length = np.sqrt(tree_sum(scaled * scaled)) * down
+    return min(length, _LARGEST)
+
+
+def powers_of_scale(magnitude: int) -> tuple[np.float32, np.float32]:
+    """Power of two that brings a magnitude, given as float32 bits, near 1 (if it is not subnormal), and its inverse."""
     exponent_field = min(max(254 - (magnitude >> 23), 1), 253)
-    scaled = np.zeros(-(-bucket.size // L2_LANES) * L2_LANES, dtype=np.float32)
-    scaled[: bucket.size] = bucket * _float(exponent_field << 23)
+    return _float(exponent_field << 23), _float((254 - exponent_field) << 23)
+
+
+def tree_sum(values: Float32Array) -> np.float32:
+    """Sum in the order described in `bucket_norm`."""
+    padded = np.zeros(-(-values.size // L2_LANES) * L2_LANES, dtype=np.float32)
+    padded[: values.size] = values
     lanes = np.zeros(L2_LANES, dtype=np.float32)
-    for row in scaled.reshape(-1, L2_LANES):
-        lanes = lanes + row * row
+    for row in padded.reshape(-1, L2_LANES):
+        lanes = lanes + row
     while lanes.size > 1:
         lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
-    with np.errstate(over="ignore"):
-        length = np.sqrt(lanes[0]) * _float((254 - exponent_field) << 23)
-    return min(length, np.finfo(np.float32).max)
+    return np.float32(lanes[0])
 
 
-def norm_word(norm: np.float32, norm_format: str) -> int:
-    """Norm as it travels: float32 bits, or bfloat16 bits rounded up so that no coordinate exceeds it."""
+def norm_word(norm: np.float32, norm_format: str, to_nearest: bool = False) -> int:
+    """Norm as it travels: float32 bits, or bfloat16 bits rounded up so that no coordinate exceeds it, or to nearest."""
     word = int(np.float32(norm).view(np.uint32))
     if norm_format == "fp32":
         return word
-    return NAN_BITS >> 16 if word >= INFINITY_BITS else (word + 0xFFFF) >> 16
+    return NAN_BITS >> 16 if word >= INFINITY_BITS else (word + (0x8000 if to_nearest else 0xFFFF)) >> 16
 
 
 def norm_of_word(word: int, norm_format: str) -> np.float32:
@@ -115,8 +129,13 @@ def rounding_table(codebook: Codebook) -> RoundingTable:
 
     The least of all lines equals the line of u's own interval when the lines' slopes do not increase, that is when gaps
     do not decrease: the lines are then the tangents of a concave function.
+
+    Where rounding is to nearest, the table is that of 0 and the middles of neighbouring levels: the index of a
+    coordinate is then the whole part of its position.
     """
     levels = np.array(codebook.levels, dtype=np.float32)
+    if codebook.rounding == "nearest":
+        levels = np.concatenate([[np.float32(0.0)], (levels[1:] + levels[:-1]) * np.float32(0.5)])
     steps = levels.size - 1
     one = float(1 << fraction_bits(codebook.bits))
     slopes = (one / np.diff(levels.astype(np.float64))).astype(np.float32)
@@ -193,7 +212,7 @@ def dither(length: int, lanes: int, coordinate: int, key: DitherKey) -> UInt32Ar
 
 
 def quantize(
-    values: Float32Array, codebook: Codebook, coordinate: int, key: DitherKey
+    values: Float32Array, codebook: Codebook, coordinate: int, key: DitherKey, rotation: RotationKey
 ) -> tuple[UInt32Array, ByteArray]:
     """Norm words and codes of one slice.
 
@@ -202,13 +221,14 @@ def quantize(
         codebook: not exact.
         coordinate: number of the slice's first coordinate in the whole model.
         key: stream of the sender.
+        rotation: of the exchange.
 
     Returns:
         uint32 [buckets] norm words (the low 16 bits count with bf16 norms) and uint8 [n] codes.
     """
+    if codebook.rotation != "none":
+        return quantize_rotated(values, codebook, coordinate, key, rotation)
     table = rounding_table(codebook)
-    shift = fraction_bits(codebook.bits)
-    top = len(codebook.levels) - 1
     norms = np.zeros(-(-values.size // codebook.bucket_size), dtype=np.uint32)
     codes = np.zeros(values.size, dtype=np.uint8)
     for index in range(norms.size):
@@ -223,12 +243,69 @@ def quantize(
             bucket = np.clip(bucket, -norm, norm)
         position = fixed_point(bucket, norm, table, codebook.bits)
         random = dither(bucket.size, codebook.format.lanes, coordinate + part.start, key)
-        sign = bucket.view(np.uint32) >> np.uint32(31)
-        if key.strata > 1:
-            random = np.where(sign == 1, np.uint32(0xFFFF) - random, random)
-        level = np.minimum((position + (random >> np.uint32(16 - shift)).astype(np.int32)) >> shift, top)
-        codes[part] = level.astype(np.uint32) | sign << np.uint32(codebook.bits - 1)
+        codes[part] = _codes(bucket, position, random, codebook, key.strata > 1)
     return norms, codes
+
+
+def quantize_rotated(
+    values: Float32Array, codebook: Codebook, coordinate: int, key: DitherKey, rotation: RotationKey
+) -> tuple[UInt32Array, ByteArray]:
+    """Norm words and codes of one slice with a codebook that rotates; arguments and result as for `quantize`.
+
+    A bucket is scaled by a power of two, so that nothing overflows, and rotated to x. With stochastic rounding, x is
+    quantized like any other bucket, with the norm of x. Rounded to nearest, x is normalised by the last level's
+    distance from zero, spread * |x| / sqrt(n), and with the levels q that it is rounded to, the norm word is
+    S = |x|^2 / <x, q>: the mean of S q over all rotations of x is x (EDEN, arXiv 2108.08842).
+    """
+    table = rounding_table(codebook)
+    levels = np.array(codebook.levels, dtype=np.float32)
+    norms = np.zeros(-(-values.size // codebook.bucket_size), dtype=np.uint32)
+    codes = np.zeros(values.size, dtype=np.uint8)
+    for index in range(norms.size):
+        part = slice(index * codebook.bucket_size, (index + 1) * codebook.bucket_size)
+        given = values[part]
+        largest = bucket_norm(given, "max")
+        if not largest > 0:
+            norms[index] = norm_word(largest, codebook.norm_format)
+            continue
+        up, down = powers_of_scale(int(largest.view(np.uint32)))
+        bucket = rotate(given * up, coordinate + part.start, rotation)
+        if codebook.rounding == "stochastic":
+            norms[index] = norm_word(_scaled_back(bucket_norm(bucket, codebook.norm), down), codebook.norm_format)
+            norm = norm_of_word(int(norms[index]), codebook.norm_format) * up
+            if not norm > 0:
+                continue
+            random = dither(given.size, codebook.format.lanes, coordinate + part.start, key)
+        else:
+            power = tree_sum(bucket * bucket)
+            norm = np.sqrt(power / np.float32(given.size)) * np.float32(codebook.spread)
+            random = np.zeros(given.size, dtype=np.uint32)
+        position = fixed_point(np.clip(bucket, -norm, norm), norm, table, codebook.bits)
+        codes[part] = _codes(bucket, position, random, codebook, key.strata > 1 and codebook.rounding == "stochastic")
+        if codebook.rounding == "nearest":
+            rounded = levels[codes[part] & np.uint8(levels.size - 1)]
+            with np.errstate(divide="ignore"):
+                scale = _scaled_back(power / tree_sum(np.abs(bucket) * rounded), down)
+            norms[index] = norm_word(scale, codebook.norm_format, to_nearest=True)
+    return norms, codes
+
+
+def _codes(
+    bucket: Float32Array, position: npt.NDArray[np.int32], random: UInt32Array, codebook: Codebook, is_stratified: bool
+) -> ByteArray:
+    """Code words of one bucket from its fixed-point positions and 16 random bits for each coordinate."""
+    shift = fraction_bits(codebook.bits)
+    sign = bucket.view(np.uint32) >> np.uint32(31)
+    if is_stratified:
+        random = np.where(sign == 1, np.uint32(0xFFFF) - random, random)
+    raised = position + (random >> np.uint32(16 - shift)).astype(np.int32)
+    level = np.minimum(raised >> shift, len(codebook.levels) - 1).astype(np.uint32)
+    return (level | sign << np.uint32(codebook.bits - 1)).astype(np.uint8)
+
+
+def _scaled_back(norm: np.float32, down: np.float32) -> np.float32:
+    with np.errstate(over="ignore"):
+        return np.float32(min(norm * down, _LARGEST))
 
 
 def pack(codes: ByteArray, bits: int, lanes: int) -> ByteArray:
@@ -261,7 +338,7 @@ def unpack(packed: ByteArray, length: int, bits: int, lanes: int) -> ByteArray:
 
 
 def signed_levels(codebook: Codebook) -> Float32Array:
-    """Level of each code word, float32 [2^bits]: index 0 is zero with either sign bit."""
+    """Level of each code word, float32 [2^bits]: level 0 is zero with either sign bit."""
     levels = np.array(codebook.levels, dtype=np.float32)
     return np.concatenate([levels, np.float32(0.0) - levels])
 
@@ -277,17 +354,35 @@ def decode(norms: UInt32Array, codes: ByteArray, codebook: Codebook) -> Float32A
     return values
 
 
-def decode_mean(messages: list[tuple[UInt32Array, ByteArray]], codebook: Codebook, scale: np.float32) -> Float32Array:
-    """Sum of several workers' values in the order given, in float32, times a scale.
+def decode_mean(
+    messages: list[tuple[UInt32Array, ByteArray]],
+    codebook: Codebook,
+    scale: np.float32,
+    coordinate: int,
+    rotation: RotationKey,
+) -> Float32Array:
+    """Sum of several workers' values in the order given, in float32, rotated back if need be, times a scale.
 
     Where any worker's bucket is not finite, the result is the NaN 0x7FC00000 throughout that bucket.
+
+    Args:
+        messages: norm words and codes of each worker's slice.
+        codebook: of the slice.
+        scale: factor of the sum.
+        coordinate: number of the slice's first coordinate in the whole model.
+        rotation: of the exchange.
     """
     parts = [decode(norms, codes, codebook) for norms, codes in messages]
     total = parts[0].copy()
     with np.errstate(over="ignore", invalid="ignore"):
         for part in parts[1:]:
             total = total + part
+        if codebook.rotation != "none":
+            for begin in range(0, total.size, codebook.bucket_size):
+                bucket = slice(begin, begin + codebook.bucket_size)
+                total[bucket] = rotate_back(total[bucket], coordinate + begin, rotation)
         total = total * scale
+    total[np.isnan(total)] = _float(NAN_BITS)
     for norms, _ in messages:
         for index, word in enumerate(norms):
             if np.isnan(norm_of_word(int(word), codebook.norm_format)):

@@ -28,9 +28,11 @@ from torch import nn
 from qoda_kernels.bit_allocation import Budget, Candidate, allocate
 from qoda_kernels.codebook import EXACT_BITS, Codebook
 from qoda_kernels.errors import CodebookError, RegistryError
+from qoda_kernels.gaussian import nearest_codebook, relative_error, stochastic_codebook
 from qoda_kernels.layer_types import layer_types, layer_types_of_named_parameters
-from qoda_kernels.levels import Distribution, minimum_variance_levels, quantization_variance
+from qoda_kernels.levels import Distribution, minimum_variance_levels, quantization_variance, uniform_levels
 from qoda_kernels.magnitudes import MagnitudeStatistics
+from qoda_kernels.statistics import ExchangedStatistics
 from qoda_kernels.tails import TAIL_SCHEMES, Scheme, TailSettings, learnt_truncation
 
 LEVEL_SCHEMES = ("uniform", "exponential", "adaptive", *TAIL_SCHEMES)
@@ -54,7 +56,10 @@ class LayerSettings:
         norm: "max" or "l2".
         norm_format: "fp32" or "bf16".
         levels: "uniform", "exponential", "adaptive" (see `codebook`), one of the schemes "tuq", "tnq", "tbq" and
-            "laplace", which clip (`tails.py`), or 2^(bits-1) explicit magnitudes from 0 to 1.
+            "laplace", which clip (`tails.py`), or 2^(bits-1) explicit magnitudes from 0 to 1. With rotation "adaptive"
+            means those for normal coordinates (`gaussian.py`), which never change; "uniform" is the other choice.
+        rotation: "none" or "hadamard" (`rotation.py`): buckets of 128, 256, 512 or 1024 coordinates.
+        rounding: "stochastic"; or "nearest" for rotated buckets, where `norm` has no meaning.
         tails: how codebooks that clip are fitted.
         min_bits: least code width that a plan may choose; None where the width never changes.
         max_bits: likewise, the largest one.
@@ -68,6 +73,8 @@ class LayerSettings:
     tails: TailSettings = _DEFAULT_TAILS
     min_bits: int | None = None
     max_bits: int | None = None
+    rotation: str = "none"
+    rounding: str = "stochastic"
 
     @property
     def is_exact(self) -> bool:
@@ -77,7 +84,8 @@ class LayerSettings:
     @property
     def is_adaptive(self) -> bool:
         """Whether the levels or the bits follow the gradients' statistics."""
-        return (self.levels == "adaptive" or self.clips or self.widths is not None) and not self.is_exact
+        learns = self.clips or (self.levels == "adaptive" and self.rotation == "none")
+        return (learns or self.widths is not None) and not self.is_exact
 
     @property
     def widths(self) -> range | None:
@@ -111,6 +119,8 @@ class LayerSettings:
         """
         if self.is_exact:
             return Codebook.exact()
+        if self.rotation != "none" or self.rounding != "stochastic":
+            return self._rotated_codebook()
         fields: dict[str, Any] = {"bucket_size": self.bucket_size, "norm": self.norm, "norm_format": self.norm_format}
         if not isinstance(self.levels, str):
             return Codebook(bits=self.bits, levels=self.levels, **fields)
@@ -125,6 +135,22 @@ class LayerSettings:
             return Codebook.exponential(self.bits, **fields)
         return Codebook.uniform(self.bits, **fields)
 
+    def _rotated_codebook(self) -> Codebook:
+        if self.rotation == "none":
+            raise CodebookError('rounding to nearest is biased without rotation: rotation must be "hadamard"')
+        if self.levels not in ("adaptive", "uniform"):
+            raise CodebookError(
+                f'levels {self.levels!r} are for buckets that are not rotated; with rotation use "adaptive" (for '
+                'normal coordinates) or "uniform"'
+            )
+        is_uniform = self.levels == "uniform"
+        if self.rounding == "nearest":
+            return nearest_codebook(self.bits, is_uniform, self.bucket_size, self.norm_format)
+        if self.norm != "max":
+            raise CodebookError('rotated buckets that are rounded at random need norm "max"')
+        book = stochastic_codebook(self.bits, self.bucket_size, self.norm_format)
+        return book.with_levels(tuple(uniform_levels(self.bits).tolist()), 0) if is_uniform else book
+
 
 @dataclass(frozen=True)
 class LayerRule:
@@ -136,11 +162,13 @@ class LayerRule:
         min_numel: selector: least number of elements.
         max_numel: selector: largest number of elements.
         as_type: layer type to assign; one of `LAYER_TYPES` or a new name, which gets a codebook of its own.
-        bits: as in `LayerSettings`, like the four fields that follow; None leaves the setting as it is.
+        bits: as in `LayerSettings`, like the six fields that follow; None leaves the setting as it is.
         bucket_size: coordinates that share one norm.
         norm: "max" or "l2".
         norm_format: "fp32" or "bf16".
         levels: scheme or explicit magnitudes.
+        rotation: "none" or "hadamard".
+        rounding: "stochastic" or "nearest".
         min_bits: least width that a plan of the bits may choose; a rule that gives `bits` fixes them.
         max_bits: likewise, the largest one.
 
@@ -160,6 +188,8 @@ class LayerRule:
     levels: str | tuple[float, ...] | None = None
     min_bits: int | None = None
     max_bits: int | None = None
+    rotation: str | None = None
+    rounding: str | None = None
 
     def __post_init__(self) -> None:
         if self.levels is not None and not isinstance(self.levels, str):
@@ -406,7 +436,7 @@ class CodebookRegistry:
         if isinstance(gathered, MagnitudeStatistics):
             truncation, _ = learnt_truncation(gathered, cast(Scheme, settings.levels), bits, settings.tails)
             return base.with_levels([float(level) for level in truncation.levels], version, truncation.clip)
-        if settings.levels != "adaptive":
+        if settings.levels != "adaptive" or settings.rotation != "none":
             return base.with_levels(base.levels, version)
         levels = minimum_variance_levels(gathered, bits, previous=base.levels)
         return base.with_levels([float(level) for level in levels], version)
@@ -531,8 +561,9 @@ def _scheme(settings: LayerSettings) -> dict[str, Any]:
 def _learnt_fields(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields of a described codebook that follow statistics."""
     if fields.get("widths") is not None:
-        return ("levels", "version", "clip", "bits")
-    is_learnt = fields["level_scheme"] == "adaptive" or fields["level_scheme"] in TAIL_SCHEMES
+        return ("levels", "version", "clip", "bits", "spread")
+    is_learnt = fields["level_scheme"] == "adaptive" and fields["rotation"] == "none"
+    is_learnt = is_learnt or fields["level_scheme"] in TAIL_SCHEMES
     return ("levels", "version", "clip") if is_learnt else ()
 
 
@@ -540,6 +571,8 @@ def _squared_error(codebook: Codebook, gathered: Distribution | MagnitudeStatist
     """Expected squared error of everything that was gathered."""
     if isinstance(gathered, MagnitudeStatistics):
         return gathered.squared_error(codebook.levels, codebook.clip)
+    if codebook.rotation != "none":
+        return relative_error(codebook) * cast(ExchangedStatistics, gathered).squared_norm
     return quantization_variance(codebook.levels, gathered)
 
 
@@ -665,6 +698,10 @@ def _suffix(settings: LayerSettings, plain: LayerSettings) -> str:
         words.append(settings.norm)
     if settings.norm_format != plain.norm_format:
         words.append(settings.norm_format)
+    if settings.rotation != plain.rotation:
+        words.append("rotated" if settings.rotation != "none" else "unrotated")
+    if settings.rounding != plain.rounding:
+        words.append(settings.rounding)
     if settings.levels != plain.levels:
         words.append(settings.level_scheme)
         if settings.level_scheme == "explicit":

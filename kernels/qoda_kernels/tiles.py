@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 from qoda_kernels.codebook import ROWS
 from qoda_kernels.dither import FIRST_MULTIPLIER, SECOND_MULTIPLIER, WEYL_MULTIPLIER
+from qoda_kernels.rotation import LANES
 from qoda_kernels.vectors import Floats, Words, look_up, look_up_pairs
 
 UNIFORM, MINIMUM, CELLS, SEARCH = range(4)  # how a position is found; see `cpu.KernelTable`
@@ -25,6 +26,7 @@ _ROUNDING_CONSTANT = 1.5 * 2.0**23  # x + it has the ulp 1, so its low bits are 
 _ROUNDING_BITS = 0x4B400000
 _CACHE_LINE = 64
 _SUMMED_LANES = 16
+_NEAR = 128  # coordinates of a bucket that are transformed at a time: 8 vectors
 _WIDTH = 16  # lanes that are worked on at a time: all 8 rows then fit into the registers of AVX-512
 
 Generator = Callable[[Any, Any, Any, Any], Any]
@@ -99,6 +101,134 @@ def add_squares(
         return context.get_dummy_value()
 
     return types.void(types.uint64, types.int64, types.float32, lanes), generate
+
+
+@intrinsic
+def add_values(context: Any, address: Any, groups: Any, lanes: Any) -> tuple[Signature, Callable[..., Any]]:
+    """Add GROUP * groups float32 to the array of GROUP lanes, group by group."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        begin, groups, lanes = arguments
+        target = builder.ptrtoint(_data(context, builder, signature.args[2], lanes), _LONG)
+        total = cgutils.alloca_once_value(builder, Floats.load(builder, target, GROUP).value)
+        with cgutils.for_range(builder, groups) as loop:
+            place = builder.add(begin, builder.mul(loop.index, ir.Constant(_LONG, 4 * GROUP)))
+            builder.store((Floats(builder, builder.load(total)) + Floats.load(builder, place, GROUP)).value, total)
+        Floats(builder, builder.load(total)).store(target)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.int64, lanes), generate
+
+
+class _Signs:
+    """Signs of a whole bucket's coordinates (`rotation.py`), 16 neighbours at a time."""
+
+    def __init__(self, builder: Any, weyl: Any, first: Any, second: Any) -> None:
+        keys = Words.filled(builder, first, _WIDTH), Words.filled(builder, second, _WIDTH)
+        numbers = Words.filled(builder, weyl, _WIDTH)
+        self._words = [
+            _hash(numbers + Words.multiples(builder, WEYL_MULTIPLIER, _WIDTH, begin), *keys)
+            for begin in range(0, LANES, _WIDTH)
+        ]
+
+    def applied(self, values: Floats, place: int) -> Floats:
+        """Values that begin at a place, a multiple of 16, of the bucket."""
+        word = self._words[place % LANES // _WIDTH]
+        return (values.as_words() ^ ((word << (31 - place // LANES)) & 0x80000000)).as_floats()
+
+
+def _butterflies(values: list[Floats]) -> list[Floats]:
+    """Transform over the numbers of the vectors, a power of two of them."""
+    distance = len(values) // 2
+    while distance:
+        result = list(values)
+        for low in (n for n in range(len(values)) if not n & distance):
+            result[low] = values[low] + values[low + distance]
+            result[low + distance] = values[low] - values[low + distance]
+        values, distance = result, distance // 2
+    return values
+
+
+def _far_transforms(builder: Any, load: Callable[[int], Floats], target: Any, length: int) -> None:
+    """The first steps of a bucket's transform, of coordinates that are _NEAR and more apart."""
+    for begin in range(0, _NEAR, _WIDTH):
+        places = list(range(begin, length, _NEAR))
+        for place, value in zip(places, _butterflies([load(place) for place in places]), strict=True):
+            value.store(_moved(builder, target, 4 * place))
+
+
+def _near_transforms(builder: Any, address: Any, length: int, finish: Callable[[Floats, int], Floats]) -> None:
+    """The other steps, in place."""
+    for first in range(0, length, _NEAR):
+        places = [_moved(builder, address, 4 * (first + begin)) for begin in range(0, _NEAR, _WIDTH)]
+        values = _butterflies([Floats.load(builder, place, _WIDTH) for place in places])
+        for number, (place, value) in enumerate(zip(places, values, strict=True)):
+            for distance in (8, 4, 2, 1):
+                value = value.with_neighbours(distance)
+            finish(value, first + number * _WIDTH).store(place)
+
+
+@intrinsic(prefer_literal=True)
+def rotate(
+    context: Any, source: Any, target: Any, up: Any, weyl: Any, first: Any, second: Any, factor: Any, length: Any
+) -> tuple[Signature, Callable[..., Any]]:
+    """Rotate a whole bucket (`rotation.rotate`).
+
+    Arguments of the compiled function:
+        source: address of float32 [length].
+        target: address of float32 [length], written.
+        up: float32, what coordinates are multiplied by before.
+        weyl: uint32, number of the first coordinate in the whole model times the Weyl multiplier.
+        first: uint32, word of the rotation's key plus the share of the number's high word.
+        second: uint32, the key's other word.
+        factor: float32, 1 / sqrt(length).
+        length: literal: 128, 256, 512 or 1024.
+    """
+    size = length.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target, up, weyl, first, second, factor = arguments[:7]
+        signs = _Signs(builder, weyl, first, second)
+        ups, factors = Floats.filled(builder, up, _WIDTH), Floats.filled(builder, factor, _WIDTH)
+
+        def load(place: int) -> Floats:
+            return signs.applied(Floats.load(builder, _moved(builder, source, 4 * place), _WIDTH) * ups, place)
+
+        _far_transforms(builder, load, target, size)
+        _near_transforms(builder, target, size, lambda value, _: value * factors)
+        return context.get_dummy_value()
+
+    words, floats = types.uint32, types.float32
+    return types.void(types.uint64, types.uint64, floats, words, words, words, floats, length), generate
+
+
+@intrinsic(prefer_literal=True)
+def rotate_back(
+    context: Any, address: Any, scale: Any, weyl: Any, first: Any, second: Any, factor: Any, length: Any
+) -> tuple[Signature, Callable[..., Any]]:
+    """Rotate a whole bucket back, in place (`rotation.rotate_back`), and multiply it by a scale; with one NaN.
+
+    The arguments of the compiled function are those of `rotate`.
+    """
+    size = length.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, scale, weyl, first, second, factor = arguments[:6]
+        signs = _Signs(builder, weyl, first, second)
+        scales, factors = Floats.filled(builder, scale, _WIDTH), Floats.filled(builder, factor, _WIDTH)
+
+        def load(place: int) -> Floats:
+            return Floats.load(builder, _moved(builder, address, 4 * place), _WIDTH)
+
+        def finished(value: Floats, place: int) -> Floats:
+            return (signs.applied(value * factors, place) * scales).with_one_nan()
+
+        _far_transforms(builder, load, address, size)
+        _near_transforms(builder, address, size, finished)
+        return context.get_dummy_value()
+
+    words, floats = types.uint32, types.float32
+    return types.void(types.uint64, floats, words, words, words, floats, length), generate
 
 
 @intrinsic
@@ -208,7 +338,7 @@ class _Rounding:
         return index.minimum(2 ** (self._bits - 1) - 2)
 
 
-def _codes(values: Words, position: Floats, random: Words, bits: int, shift: int) -> Words:
+def _codes(values: Words, position: Floats, random: Words | int, bits: int, shift: int) -> Words:
     """Code words of coordinates, in the highest bits of each element, given positions and 16 random bits for each.
 
     The sign is there already. Below the level index its fraction remains.
@@ -217,6 +347,21 @@ def _codes(values: Words, position: Floats, random: Words, bits: int, shift: int
     largest = _ROUNDING_BITS + (1 << (bits - 1 + shift)) - 1
     level = dithered.minimum(largest) << (32 - bits - shift)
     return (values & 0x80000000) | (level & 0x7FFFFFFF)
+
+
+def _nearest_codes(
+    builder: Any, positions: list[Floats], places: list[Any], level_table: Any, bits: int, shift: int
+) -> tuple[Words, Words]:
+    """Codes of rows 0-3 and of rows 4-7; replaces coordinates by their magnitudes times the levels of the codes."""
+    words = [Words.multiples(builder, 0, positions[0].count)] * 2
+    for row in reversed(range(ROWS)):
+        values = Words.load(builder, places[row], positions[row].count)
+        code = _codes(values, positions[row], 0, bits, shift)
+        half = row // (ROWS // 2)
+        words[half] = words[half].shifted_in(code, bits)
+        level = look_up(level_table, (code & 0x7FFFFFFF) >> (32 - bits))
+        ((values & 0x7FFFFFFF).as_floats() * level).store(places[row])
+    return words[0], words[1]
 
 
 def _plane(low: Words, high: Words, index: int, bits: int) -> Words:
@@ -240,19 +385,26 @@ def encode_tile(
     first: Any,
     common_first: Any,
     scale: Any,
+    limit: Any,
     lines: Any,
     levels: Any,
     cells: Any,
+    magnitudes: Any,
     bits: Any,
     lanes: Any,
     shift: Any,
     method: Any,
     is_stratified: Any,
+    is_limited: Any,
+    is_nearest: Any,
 ) -> tuple[Signature, Callable[..., Any]]:
     """Quantize and pack one tile.
 
+    Where rounding is to nearest, each coordinate is replaced by the product of its magnitude and the level that it is
+    rounded to.
+
     Arguments of the compiled function:
-        source: address of float32 [ROWS, lanes].
+        source: address of float32 [ROWS, lanes]; written where rounding is to nearest.
         target: address of uint8 [bits, lanes], written.
         weyl: uint32, number of the first coordinate in the whole model times the Weyl multiplier.
         row_weyl: uint32, likewise of the distance of two rows.
@@ -260,26 +412,37 @@ def encode_tile(
         first: uint32, the first of them plus the share of the number's high word.
         common_first: uint32, likewise the third of them.
         scale: float32, what makes magnitudes positions ("uniform") or normalised.
+        limit: float32, what larger magnitudes are lowered to first, if is_limited.
         lines: float32, of the `KernelTable`; so are levels and cells.
-        bits: literal; so are lanes, shift (the fraction bits), method and is_stratified (0 or 1).
+        magnitudes: float32 [2^(bits-1)], the codebook's levels; read where rounding is to nearest.
+        bits: literal; so are lanes, shift (the fraction bits), method, is_stratified, is_limited and is_nearest (0 or
+            1).
     """
     words = types.uint32
-    literals = [kind.literal_value for kind in (bits, lanes, shift, method, is_stratified)]
+    literals = [kind.literal_value for kind in (bits, lanes, shift, method, is_stratified, is_limited, is_nearest)]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits, lanes, shift, method, is_stratified = literals
-        source, target, weyl, row_weyl, _, first, common_first, scale = arguments[:8]
-        arrays = [_data(context, builder, signature.args[n], arguments[n]) for n in (4, 8, 9, 10)]
-        key, tables = arrays[0], arrays[1:]
+        bits, lanes, shift, method, is_stratified, is_limited, is_nearest = literals
+        source, target, weyl, row_weyl, _, first, common_first, scale, limit = arguments[:9]
+        arrays = [_data(context, builder, signature.args[n], arguments[n]) for n in (4, 9, 10, 11, 12)]
+        key, tables, level_table = arrays[0], arrays[1:4], arrays[4]
         width = _WIDTH
         rounding = _Rounding(builder, method, bits, tables)
         row_step = Words.filled(builder, row_weyl, width)
         key_words = Words.filled(builder, first, width), Words.filled(builder, _scalar(builder, key, 1), width)
-        scales = Floats.filled(builder, scale, width)
+        scales, limits = Floats.filled(builder, scale, width), Floats.filled(builder, limit, width)
         for begin in range(0, lanes, width):
             places = [_moved(builder, source, 4 * (row * lanes + begin)) for row in range(ROWS)]
             magnitudes = [(Words.load(builder, place, width) & 0x7FFFFFFF).as_floats() for place in places]
+            if is_limited:
+                magnitudes = [magnitude.minimum(limits) for magnitude in magnitudes]
             positions = rounding.positions([magnitude * scales for magnitude in magnitudes])
+            if is_nearest:
+                code_words = _nearest_codes(builder, positions, places, level_table, bits, shift)
+                for index in range(bits):
+                    plane = _plane(*code_words, index, bits)
+                    plane.store_low_bytes(_moved(builder, target, index * lanes + begin))
+                continue
             number = Words.filled(builder, weyl, width) + Words.multiples(builder, WEYL_MULTIPLIER, width, begin)
             strata = _Strata(builder, key, common_first, number, row_step) if is_stratified else None
             words = [Words.multiples(builder, 0, width)] * 2  # of rows 0-3 and of rows 4-7
@@ -298,8 +461,10 @@ def encode_tile(
                 _plane(low, high, index, bits).store_low_bytes(_moved(builder, target, index * lanes + begin))
         return context.get_dummy_value()
 
-    numbers = types.uint64, types.uint64, words, words, key, words, words, types.float32
-    return types.void(*numbers, lines, levels, cells, bits, lanes, shift, method, is_stratified), generate
+    numbers = types.uint64, types.uint64, words, words, key, words, words, types.float32, types.float32
+    switches = is_stratified, is_limited, is_nearest
+    arrays = lines, levels, cells, magnitudes
+    return types.void(*numbers, *arrays, bits, lanes, shift, method, *switches), generate
 
 
 @intrinsic(prefer_literal=True)

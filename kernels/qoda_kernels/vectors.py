@@ -173,6 +173,9 @@ class Floats:
     def __add__(self, other: "Floats | float") -> "Floats":
         return Floats(self.builder, self.builder.fadd(self.value, self._value(other)))
 
+    def __sub__(self, other: "Floats") -> "Floats":
+        return Floats(self.builder, self.builder.fsub(self.value, other.value))
+
     def __mul__(self, other: "Floats") -> "Floats":
         return Floats(self.builder, self.builder.fmul(self.value, other.value))
 
@@ -193,6 +196,22 @@ class Floats:
         """1 where self >= other, else 0."""
         flags = self.builder.fcmp_ordered(">=", self.value, other.value)
         return Words(self.builder, self.builder.zext(flags, ir.VectorType(_WORD, self.count)))
+
+    def with_neighbours(self, distance: int) -> "Floats":
+        """Sum a + b and difference a - b of each two elements a, b a power of two apart, in their places."""
+        places = range(self.count)
+        nothing = ir.Constant(self.value.type, ir.Undefined)
+        partners = self.builder.shuffle_vector(
+            self.value, nothing, _constant(_WORD, [place ^ distance for place in places])
+        )
+        signs = _constant(_FLOAT, [-1.0 if place & distance else 1.0 for place in places])
+        return self.fused(Floats(self.builder, signs), Floats(self.builder, partners))
+
+    def with_one_nan(self) -> "Floats":
+        """The same, with the bits 0x7FC00000 for every NaN."""
+        flags = self.builder.fcmp_unordered("uno", self.value, self.value)
+        nan = self._value(float("nan"))
+        return Floats(self.builder, self.builder.select(flags, nan, self.value))
 
     def truncated(self) -> Words:
         """Integer parts of values from 0 to 2^31."""

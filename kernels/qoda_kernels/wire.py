@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from qoda_kernels.dither import DitherKey
 from qoda_kernels.errors import WireError
 from qoda_kernels.layout import HEADER_BYTES
+from qoda_kernels.rotation import RotationKey
 
 MAGIC = b"QODA"
 WIRE_VERSION = 1
@@ -61,6 +62,10 @@ class MessageContext:
     def key(self) -> DitherKey:
         """The sender's random key."""
         return DitherKey.derive(self.seed, self.counter, self.rank, self.phase, self.strata)
+
+    def rotation_key(self) -> RotationKey:
+        """Key of the rotation, common to all ranks of the exchange."""
+        return RotationKey.derive(self.seed, self.counter, self.phase)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
+from qoda_kernels.gaussian import nearest_codebook, stochastic_codebook
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.wire import MessageContext
 
@@ -34,6 +35,13 @@ def methods_of(bits: int) -> tuple[str, ...]:
     if bits == 2:
         return ("uniform",)
     return ("uniform", "minimum", "cells") if bits <= 5 else ("uniform", "cells", "search")
+
+
+def rotated_codebook(rounding: str, bits: int, bucket_size: int, norm_format: str = "fp32") -> Codebook:
+    """Codebook of rotated buckets: rounding "stochastic", "nearest", or "nearest, uniform"."""
+    if rounding == "stochastic":
+        return stochastic_codebook(bits, bucket_size, norm_format)
+    return nearest_codebook(bits, rounding == "nearest, uniform", bucket_size, norm_format)
 
 
 def single_slice_plan(

@@ -88,7 +88,7 @@ def check_against_codec(
             assert got is out
             assert torch.equal(got.cpu(), expected)
             messages.append(got)
-        wanted = twin.decode_mean([message.cpu() for message in messages], scale)
+        wanted = twin.decode_mean([message.cpu() for message in messages], contexts[0], scale)
         results = [device.place(torch.full_like(tensor, 7.0)) for tensor in wanted]
         for result, want in zip(codec.decode_mean(messages, contexts, results, scale), wanted, strict=True):
             assert same_bits(result, want)
@@ -201,7 +201,7 @@ def check_damage(device: Device, seed: int) -> None:
     with pytest.raises(WireError, match=f"message from source {which}: "):
         codec.decode_mean([device.place(message) for message in good], contexts, results)
     codec.decode_mean([device.place(message) for message in good], contexts, results)
-    for result, want in zip(results, twin.decode_mean(good), strict=True):
+    for result, want in zip(results, twin.decode_mean(good, contexts[0]), strict=True):
         assert same_bits(result, want)
     device.synchronise()
     codec.check()

@@ -16,6 +16,7 @@ import torch
 from qoda_kernels.codebook import EXACT_BITS, Codebook
 from qoda_kernels.codec import Codec
 from qoda_kernels.errors import WireError
+from qoda_kernels.gaussian import nearest_codebook
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.worker_threads import WorkerThreads
 from tests.kernels.codebooks import DTYPES, codebook_for, context, methods_of
@@ -27,16 +28,24 @@ BITS_VIEWS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Variant:
-    """What a kernel is compiled for; `is_narrow` is for tiles of 16 lanes."""
+    """What a kernel is compiled for; `is_narrow` is for tiles of 16 lanes; `rotation` one of ROTATIONS."""
 
     bits: int
     method: str
     dtype: torch.dtype
     is_narrow: bool
     is_stratified: bool
+    rotation: str = "none"
 
     def codebook(self, rng: np.random.Generator) -> Codebook:
         """A codebook of the variant."""
+        if self.rotation != "none":
+            size = 128 if self.is_narrow else self.wide_size
+            norm_format = str(rng.choice(["fp32", "bf16"]))
+            if self.rotation != "stochastic":
+                return nearest_codebook(self.bits, self.rotation == "nearest, uniform", size, norm_format)
+            fields = {"norm": str(rng.choice(["max", "l2"])), "rotation": "hadamard", "norm_format": norm_format}
+            return codebook_for(self.method, self.bits, bucket_size=size, **fields)
         units = rng.choice([1, 3, 5, 31]) if self.is_narrow else rng.choice([2, 4, 6, 8, 64])
         norm = str(rng.choice(["max", "l2"]))
         clip = float(10.0 ** rng.uniform(-25, 25)) if norm == "max" and rng.random() < 0.2 else 0.0
@@ -49,7 +58,13 @@ class Variant:
             clip=clip,
         )
 
+    @property
+    def wide_size(self) -> int:
+        """Bucket size of rotated buckets: with tiles of 32 lanes every size has a kernel of its own."""
+        return (256, 512, 1024)[self.bits % 3]
 
+
+ROTATIONS = ("none", "stochastic", "nearest", "nearest, uniform")
 ALL_VARIANTS = [
     Variant(bits, method, dtype, is_narrow, is_stratified)
     for bits in range(2, 9)
@@ -57,6 +72,14 @@ ALL_VARIANTS = [
     for dtype in DTYPES
     for is_narrow in (False, True)
     for is_stratified in (False, True)
+] + [
+    Variant(bits, method, dtype, is_narrow, is_stratified, rotation)
+    for bits in range(2, 9)
+    for dtype in DTYPES
+    for is_narrow in (False, True)
+    for is_stratified in (False, True)
+    for rotation in ROTATIONS[1:]
+    for method in (methods_of(bits) if rotation == "stochastic" else ("",))
 ]
 
 
@@ -125,7 +148,9 @@ def run_case(variants: Sequence[Variant], rng: np.random.Generator) -> None:
         assert torch.equal(message, twin.encode(values, where)), f"messages differ: {codebooks}, {slices}, {where}"
         messages.append(message)
     scale = None if rng.integers(2) else float(rng.uniform(-2, 2))
-    means = zip(codec.decode_mean(messages, contexts, scale=scale), twin.decode_mean(messages, scale), strict=True)
+    means = zip(
+        codec.decode_mean(messages, contexts, scale=scale), twin.decode_mean(messages, contexts[0], scale), strict=True
+    )
     for part, (found, wanted) in zip(slices, means, strict=True):
         assert same_bits(found, wanted), f"means of {part.parameter} differ: {codebooks}, {slices}, {contexts}"
 

@@ -22,7 +22,7 @@ class ReferenceCodec:
 
     def encode(self, values: Sequence[torch.Tensor], context: MessageContext) -> torch.Tensor:
         """One message."""
-        key = context.key()
+        key, rotation = context.key(), context.rotation_key()
         data = np.zeros(self.plan.message_bytes, dtype=np.uint8)
         for segment, tensor in zip(self.plan.segments, values, strict=True):
             codes = data[segment.codes_begin : segment.codes_begin + segment.codes_bytes]
@@ -30,7 +30,7 @@ class ReferenceCodec:
                 codes[:] = tensor.view(torch.uint8).numpy()
                 continue
             codebook = self._codebooks[segment.slice.codebook]
-            norms, words = reference.quantize(tensor.float().numpy(), codebook, segment.slice.coordinate, key)
+            norms, words = reference.quantize(tensor.float().numpy(), codebook, segment.slice.coordinate, key, rotation)
             stored = norms.astype("<u4" if codebook.norm_format == "fp32" else "<u2")
             data[segment.begin : segment.codes_begin] = stored.view(np.uint8)
             codes[:] = reference.pack(words, codebook.bits, codebook.format.lanes)
@@ -41,8 +41,10 @@ class ReferenceCodec:
         data[:HEADER_BYTES] = np.frombuffer(header.pack(), dtype=np.uint8)
         return torch.from_numpy(data)
 
-    def decode_mean(self, messages: Sequence[torch.Tensor], scale: float | None = None) -> list[torch.Tensor]:
-        """Sum of messages, times a scale; headers are not looked at."""
+    def decode_mean(
+        self, messages: Sequence[torch.Tensor], context: MessageContext, scale: float | None = None
+    ) -> list[torch.Tensor]:
+        """Sum of messages, times a scale; headers are not looked at. The context is that of any of them."""
         factor = np.float32(1.0 / len(messages) if scale is None else scale)
         results = []
         for segment in self.plan.segments:
@@ -62,7 +64,9 @@ class ReferenceCodec:
                 )
                 for m, part in zip(messages, codes, strict=True)
             ]
-            results.append(_rounded(torch.from_numpy(reference.decode_mean(received, codebook, factor)), dtype))
+            where = segment.slice.coordinate, context.rotation_key()
+            mean = reference.decode_mean(received, codebook, factor, *where)
+            results.append(_rounded(torch.from_numpy(mean), dtype))
         return results
 
 

@@ -10,8 +10,8 @@ from qoda_kernels import reference
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
 from qoda_kernels.cpu import BFLOAT16, FLOAT16, kernel_table, round_values, widen_values
-from qoda_kernels.dither import DitherKey
-from tests.kernels.codebooks import DTYPES, codebook_for, context, methods_of, single_slice_plan
+from qoda_kernels.gaussian import nearest_codebook, stochastic_codebook
+from tests.kernels.codebooks import DTYPES, codebook_for, context, methods_of, rotated_codebook, single_slice_plan
 
 # Every (bits, method) with every dtype once and both tile widths: each combination costs a second of compilation.
 _BUCKETS = {torch.float32: 512, torch.float16: 384, torch.bfloat16: 256}
@@ -47,8 +47,9 @@ def check_against_reference(
     messages = [codec.encode([tensor], where) for tensor, where in zip(tensors, contexts, strict=True)]
     expected = []
     for tensor, message, where in zip(tensors, messages, contexts, strict=True):
-        key = where.key()
-        norms, codes = reference.quantize(tensor.float().numpy(), codebook, segment.slice.coordinate, key)
+        norms, codes = reference.quantize(
+            tensor.float().numpy(), codebook, segment.slice.coordinate, where.key(), where.rotation_key()
+        )
         data = message.numpy()
         norm_words = norms.astype("<u4" if codebook.norm_format == "fp32" else "<u2").view(np.uint8)
         np.testing.assert_array_equal(data[segment.begin : segment.codes_begin], norm_words)
@@ -57,7 +58,8 @@ def check_against_reference(
         np.testing.assert_array_equal(reference.unpack(packed, length, codebook.bits, codebook.format.lanes), codes)
         expected.append((norms, codes))
     mean = codec.decode_mean(messages, contexts)[0]
-    wanted = reference.decode_mean(expected, codebook, np.float32(1 / 3))
+    place = segment.slice.coordinate, contexts[0].rotation_key()
+    wanted = reference.decode_mean(expected, codebook, np.float32(1 / 3), *place)
     if dtype == torch.bfloat16:
         np.testing.assert_array_equal(mean.view(torch.uint16).numpy(), reference.bfloat16_bits(wanted))
     else:
@@ -121,6 +123,43 @@ def test_stratified_random_numbers(bits: int, method: str, dtype: torch.dtype, n
         check_against_reference(1600 + 7 * index, codebook, dtype, 2**32 - 700 * (index % 3), index, strata)
 
 
+ROTATED = [
+    (2, 512, torch.float32, "nearest"),
+    (3, 1024, torch.bfloat16, "nearest"),
+    (4, 512, torch.float32, "nearest"),
+    (5, 128, torch.float16, "nearest, uniform"),
+    (6, 256, torch.float32, "nearest"),
+    (8, 512, torch.bfloat16, "nearest"),
+    (3, 128, torch.float32, "stochastic"),
+    (4, 512, torch.bfloat16, "stochastic"),
+    (5, 1024, torch.float32, "stochastic"),
+    (7, 256, torch.float16, "stochastic"),
+]
+
+
+@pytest.mark.parametrize(("bits", "bucket_size", "dtype", "rounding"), ROTATED)
+def test_rotated_buckets(bits: int, bucket_size: int, dtype: torch.dtype, rounding: str) -> None:
+    for index, length in enumerate((0, 1, 2, 7, 33, 255, 256, 513, 1000, 1023, 1024, 2048, 3071)):
+        norm_format = ("fp32", "bf16")[index % 2]
+        codebook = rotated_codebook(rounding, bits, bucket_size, norm_format)
+        check_against_reference(length, codebook, dtype, coordinate=2**32 - 700 * (index % 3), seed=index)
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e-30, 2.0**-140])
+def test_rotated_buckets_of_extreme_size(scale: float) -> None:
+    """Neither overflow nor subnormal numbers make a difference, nor does what overflows when ranks are added."""
+    values = (np.random.default_rng(0).standard_normal(700).clip(-3, 3) * scale).astype(np.float32)
+    for codebook in (nearest_codebook(4, False, 512, "fp32"), stochastic_codebook(5, 1024, "fp32")):
+        codec = Codec(single_slice_plan(values.size, codebook), {"other": codebook})
+        contexts = [context(rank) for rank in range(3)]
+        messages = [codec.encode([torch.from_numpy(values)], where) for where in contexts]
+        decoded = codec.decode_mean(messages, contexts, scale=1.0)[0].numpy()
+        rotation = contexts[0].rotation_key()
+        parts = [reference.quantize(values, codebook, 0, where.key(), rotation) for where in contexts]
+        wanted = reference.decode_mean(parts, codebook, np.float32(1.0), 0, rotation)
+        np.testing.assert_array_equal(decoded.view(np.uint32), wanted.view(np.uint32))
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     length=st.integers(0, 20_000),
@@ -153,8 +192,8 @@ def test_subnormal_norms_and_half_precision_extremes() -> None:
     plan = single_slice_plan(256, codebook)
     codec = Codec(plan, {"other": codebook})
     decoded = codec.decode_mean([codec.encode([torch.from_numpy(tiny)], context())], [context()])[0]
-    key = DitherKey.derive(7, 3, 0, 0)
-    norms, codes = reference.quantize(tiny, codebook, 0, key)
+    keys = context().key(), context().rotation_key()
+    norms, codes = reference.quantize(tiny, codebook, 0, *keys)
     np.testing.assert_array_equal(decoded.numpy(), reference.decode(norms, codes, codebook))
     assert np.abs(decoded.numpy()).max() > 0
 
@@ -163,7 +202,7 @@ def test_subnormal_norms_and_half_precision_extremes() -> None:
     for norm_part in (halves, halves[halves.abs() < 2**-13].contiguous()):
         codec = Codec(single_slice_plan(norm_part.numel(), codebook, torch.float16), {"other": codebook})
         message = codec.encode([norm_part], context())
-        norms, codes = reference.quantize(norm_part.float().numpy(), codebook, 0, key)
+        norms, codes = reference.quantize(norm_part.float().numpy(), codebook, 0, *keys)
         segment = codec.plan.segments[0]
         np.testing.assert_array_equal(message[segment.begin : segment.codes_begin].numpy().view(np.uint32), norms)
         np.testing.assert_array_equal(
