@@ -11,7 +11,9 @@ from hvd_qoda.schemes import make_exchange
 from hvd_qoda.transport import LocalTransport
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
+from qoda_kernels.gaussian import relative_error
 from qoda_kernels.layout import MessagePlan, Slice
+from qoda_kernels.registry import LayerSettings
 from tests.in_memory_transport import InMemoryGroup
 
 SCHEMES = ("allgather", "reduce_scatter")
@@ -162,6 +164,25 @@ def test_stratified_random_numbers_cancel_in_the_mean(scheme: str) -> None:
     first = error("allgather", "independent")
     saved = error(scheme, "independent") - error(scheme, "stratified")
     assert saved == pytest.approx(first * (1 - 0.53125), rel=0.1)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_rotated_buckets_agree_on_all_ranks_and_have_the_predicted_error(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, rounding: str
+) -> None:
+    """Slices of odd lengths; in a reduce-scatter the owner quantizes its share of the mean a second time."""
+    book = LayerSettings(bits=4, rotation="hadamard", rounding=rounding).codebook()
+    monkeypatch.setitem(CODEBOOKS, "body", book)
+    plan = plan_of(70_001, 3, 33_333, 700)
+    values = [random_values(plan, rank) for rank in range(3)]
+    results = run_round(make_all(scheme, plan, InMemoryGroup(3)), values)
+    assert_same_bits(results)
+    exact = [sum(own[index].double() for own in values) / 3 for index in range(4)]
+    error = sum(float((found - want).square().sum()) for found, want in zip(results[0], exact, strict=True))
+    power = sum(float(want.square().sum()) for want in exact)
+    rounds = {"allgather": 1, "reduce_scatter": 2}[scheme]
+    assert error / power == pytest.approx(rounds * relative_error(book), rel=0.1)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

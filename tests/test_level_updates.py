@@ -280,9 +280,19 @@ def sent_bits(registry: CodebookRegistry) -> int:
     return sum(entry.numel * registry.codebooks[entry.codebook].bits for entry in registry.parameters.values())
 
 
-@pytest.mark.parametrize("levels", ["adaptive", "uniform", "tnq"])
-def test_bits_are_planned_alike_on_all_ranks_within_the_variance_budget(levels: str) -> None:
-    start, after = auto_run(auto_configuration(levels=levels, auto_bits={"reference": 4}))
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"levels": "adaptive"},
+        {"levels": "uniform"},
+        {"levels": "tnq"},
+        {"rotation": "hadamard", "rounding": "nearest"},
+        {"rotation": "hadamard"},
+    ],
+)
+def test_bits_are_planned_alike_on_all_ranks_within_the_variance_budget(scheme: dict[str, str]) -> None:
+    start, after = auto_run(auto_configuration(**scheme, auto_bits={"reference": 4}))
+    assert start.restored(after[0].state_dict()).digest == after[0].digest
     assert all(registry.digest == after[0].digest for registry in after)
     assert {book.bits for book in start.codebooks.values()} == {4}
     bits = {name: after[0].codebooks[entry.codebook].bits for name, entry in after[0].parameters.items()}

@@ -33,6 +33,13 @@ def test_every_rank_holds_the_same_bits(four_ranks: RankPool, exchange: str) -> 
     assert {version for _, _, version, _ in outcomes} == {1}  # levels have been fitted before step 3
 
 
+def test_rotated_buckets(two_ranks: RankPool) -> None:
+    options = {"bits": 4, "rotation": "hadamard", "rounding": "nearest"}
+    outcomes = two_ranks.run(trained, options)
+    assert len({bits for bits, *_ in outcomes}) == 1
+    assert outcomes[0][0] != two_ranks.run(trained, {"bits": 4})[0][0]
+
+
 def plain_and_quantized() -> tuple[float, float]:
     """Relative distance of the mean gradient from DDP's own, quantized and sent exactly."""
     own = Run()

@@ -58,6 +58,18 @@ def test_four_ranks(four_ranks: RankPool, dtype: str) -> None:
     check_stages(four_ranks, 4, dtype)
 
 
+def test_rotated_buckets_of_4_bits(two_ranks: RankPool) -> None:
+    eden = {**QODA, "bits": 4, "rotation": "hadamard", "rounding": "nearest"}
+    stages = (0, 2)
+    configurations = [configuration(stage, "bf16", qoda) for qoda in (None, eden) for stage in stages]
+    ranks = two_ranks.run(run_all, configurations, steps=8)
+    for stage, index in enumerate((2, 3)):
+        assert len({rank[index]["digest"] for rank in ranks}) == 1
+        for rank in ranks:
+            assert rank[index]["digest"] != rank[stage]["digest"]
+            assert rank[index]["losses"] == pytest.approx(rank[stage]["losses"], rel=0.02)
+
+
 def test_at_32_bits_training_has_the_bits_of_training_without_the_plug_in(two_ranks: RankPool) -> None:
     plain = [configuration(stage, "fp32") for stage in STAGES]
     exact = [configuration(stage, "fp32", {"bits": 32}) for stage in STAGES]

@@ -98,6 +98,21 @@ def test_agreement_replicas_are_bit_identical_and_learn_2(
 
 
 @pytest.mark.parametrize("scheme", ["allgather", "reduce_scatter"])
+def test_training_with_rotated_buckets_of_4_bits(two_ranks: RankPool, scheme: str) -> None:
+    """EDEN's rounding, and the same with error feedback and widths planned for every layer."""
+    eden = {"bits": 4, "rotation": "hadamard", "rounding": "nearest"}
+    results = two_ranks.run(trained, scheme, "Adam", **eden)
+    assert_replicas_agree(results)
+    plain = two_ranks.run(trained_plainly, "Adam")
+    for ours, theirs in zip(results, plain, strict=True):
+        assert sum(ours["losses"][-5:]) / 5 == pytest.approx(sum(theirs[-5:]) / 5, rel=0.05)
+    more = {"bits": "auto", "auto_bits": {"reference": 4}, "codebooks": "per_layer", "error_feedback": True}
+    results = two_ranks.run(trained, scheme, "Adam", **{**eden, **more})
+    assert_replicas_agree(results)
+    assert results[0]["version"] > 0
+
+
+@pytest.mark.parametrize("scheme", ["allgather", "reduce_scatter"])
 def test_agreement_replicas_are_bit_identical_4(four_ranks: RankPool, scheme: str) -> None:
     assert_replicas_agree(four_ranks.run(trained, scheme, "Adam"))
 

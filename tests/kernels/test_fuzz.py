@@ -16,6 +16,8 @@ VARIANTS = [
     Variant(8, "search", torch.float32, False, False),
     Variant(4, "uniform", torch.float32, False, True),
     Variant(5, "minimum", torch.bfloat16, True, True),
+    Variant(4, "", torch.float32, False, False, "nearest"),
+    Variant(5, "minimum", torch.float32, False, True, "stochastic"),
 ]
 
 

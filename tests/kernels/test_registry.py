@@ -11,6 +11,7 @@ from torch import nn
 
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.errors import CodebookError, RegistryError
+from qoda_kernels.gaussian import nearest_codebook, stochastic_codebook
 from qoda_kernels.levels import exponential_levels, quantization_variance, uniform_levels
 from qoda_kernels.registry import CodebookRegistry, LayerRule, LayerSettings, differences
 
@@ -284,6 +285,21 @@ def test_fixed_schemes():
     assert LayerSettings(bits=8, levels="exponential").codebook() == Codebook.exponential(8)
     assert LayerSettings(bits=3, levels="uniform").codebook() == Codebook.uniform(3)
     assert LayerSettings(bits=32, levels="uniform", bucket_size=1024).codebook() == Codebook.exact()
+
+
+def test_rotated_codebooks_are_those_for_normal_coordinates_and_never_change():
+    rotated = CodebookRegistry.build(model(), LayerSettings(bits=4, rotation="hadamard", rounding="nearest"))
+    assert rotated.codebooks["convolution"] == nearest_codebook(4, False, 512, "fp32")
+    assert rotated.adaptive_keys == ()
+    assert rotated.restored(json.loads(json.dumps(rotated.state_dict()))).digest == rotated.digest
+    unbiased = LayerSettings(bits=5, rotation="hadamard", bucket_size=1024, norm_format="bf16")
+    assert unbiased.codebook() == stochastic_codebook(5, 1024, "bf16")
+    assert LayerSettings(bits=4, rotation="hadamard", levels="uniform").codebook().levels == Codebook.uniform(4).levels
+    with pytest.raises(RegistryError, match="rotation none in this model, hadamard in the saved state"):
+        CodebookRegistry.build(model(), LayerSettings(bits=4)).restored(rotated.state_dict())
+    rules = [LayerRule(name="0.weight", rotation="hadamard", rounding="nearest")]
+    keys = CodebookRegistry.build(model(), LayerSettings(rotation="hadamard"), rules).codebooks
+    assert any(key.endswith("/5bit-nearest") for key in keys) or "nearest" in {book.rounding for book in keys.values()}
 
 
 def test_tensor_under_two_names_is_refused():

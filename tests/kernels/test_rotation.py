@@ -61,7 +61,7 @@ def test_levels_are_lloyds_and_maxs(bits: int) -> None:
     book = nearest_codebook(bits, False, 512, "fp32")
     error = relative_error(book)
     if bits in known:
-        assert error / (1 + error) == pytest.approx(known[bits], rel=2e-3)
+        assert error / (1 + error) == pytest.approx(known[bits], rel=3e-3)
     np.testing.assert_allclose(level_probabilities(book), np.bincount(nearest) / draws.size, atol=2e-3)
 
 
