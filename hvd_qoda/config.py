@@ -251,7 +251,8 @@ class QodaConfig(_Model):
     - `norm`: what normalises a bucket, "max" or "l2". Default "max".
     - `norm_format`: how norms travel, "fp32" or "bf16" (rounded up). Default "fp32".
     - `levels`: "uniform", "exponential", "adaptive" (least variance), "tuq", "tnq", "tbq" or "laplace" (clipped, for
-      heavy tails; biased) or 2^(bits-1) numbers. Default "adaptive".
+      heavy tails; biased), "best" (at every update, per layer type, what has the least error: "adaptive" or rotated
+      buckets; rounded to nearest only with rounding="nearest") or 2^(bits-1) numbers. Default "adaptive".
     - `tails`: how levels that clip are fitted: `optimum`, `gmin`, `tail_share` (see `Tails`).
     - `rotation`: "none", or "hadamard": buckets (128, 256, 512 or 1024 coordinates) are rotated at random, the same on
       every rank, before they are quantized: then one codebook suits all gradients. Default "none".
@@ -410,6 +411,7 @@ class QodaConfig(_Model):
             max_bits=None if auto is None else auto.max_bits,
             rotation=self.rotation,
             rounding=self.rounding,
+            is_stratified=self.dither == "stratified",
         )
 
     @property
@@ -461,19 +463,20 @@ class QodaConfig(_Model):
             )
 
     def _check_rotation(self) -> None:
-        if self.rotation == "none" and self.rounding == "stochastic":
+        if self.rotation == "none" and self.rounding == "stochastic" and self.levels != "best":
             return
         try:
             self.settings.codebook()
         except CodebookError as error:
-            raise ConfigError(f"rotation={self.rotation!r}, rounding={self.rounding!r}: {error}") from None
+            given = f"levels={self.levels!r}, rotation={self.rotation!r}, rounding={self.rounding!r}"
+            raise ConfigError(f"{given}: {error}") from None
 
     def _check_updates(self) -> None:
         schemes = ((self.levels, self.rotation), *((layer.levels, layer.rotation) for layer in self.layers))
         learnt = [
             scheme
             for scheme, rotation in schemes
-            if scheme in TAIL_SCHEMES or (scheme == "adaptive" and rotation != "hadamard")
+            if scheme in (*TAIL_SCHEMES, "best") or (scheme == "adaptive" and rotation != "hadamard")
         ]
         if self.bits == "auto" and not self.update_levels.happens:
             raise ConfigError('update_levels: bits="auto" needs `at` or `every`')

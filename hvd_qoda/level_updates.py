@@ -90,7 +90,8 @@ class LevelUpdates:
         """
         key = registry.parameters[parameter].codebook
         codebook = registry.codebooks[key]
-        read = self._statistics[key].gather(values.float().numpy(), codebook.bucket_size, codebook.norm)
+        norm = registry.settings[key].norm  # a codebook that was chosen may have another one
+        read = self._statistics[key].gather(values.float().numpy(), codebook.bucket_size, norm)
         self._own[parameter] = self._own[parameter].merge(read) if parameter in self._own else read
 
     def end_step(self, step: int, registry: CodebookRegistry, transport: Transport) -> None:

@@ -288,6 +288,7 @@ def sent_bits(registry: CodebookRegistry) -> int:
         {"levels": "tnq"},
         {"rotation": "hadamard", "rounding": "nearest"},
         {"rotation": "hadamard"},
+        {"levels": "best", "rounding": "nearest"},
     ],
 )
 def test_bits_are_planned_alike_on_all_ranks_within_the_variance_budget(scheme: dict[str, str]) -> None:

@@ -35,9 +35,12 @@ from qoda_kernels.magnitudes import MagnitudeStatistics
 from qoda_kernels.statistics import ExchangedStatistics
 from qoda_kernels.tails import TAIL_SCHEMES, Scheme, TailSettings, learnt_truncation
 
-LEVEL_SCHEMES = ("uniform", "exponential", "adaptive", *TAIL_SCHEMES)
+LEVEL_SCHEMES = ("uniform", "exponential", "adaptive", *TAIL_SCHEMES, "best")
 COMPRESSIBLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEFAULT_MIN_NUMEL = 1024
+STRATIFIED_SHARE = 0.55
+"""Of the error of a mean with independent random numbers, what stratified ones leave: 1/2 + 1/(2 K^2) for K ranks."""
+
 STATE_FORMAT = 1
 
 _DEFAULT_TAILS = TailSettings()
@@ -58,9 +61,13 @@ class LayerSettings:
         levels: "uniform", "exponential", "adaptive" (see `codebook`), one of the schemes "tuq", "tnq", "tbq" and
             "laplace", which clip (`tails.py`), or 2^(bits-1) explicit magnitudes from 0 to 1. With rotation "adaptive"
             means those for normal coordinates (`gaussian.py`), which never change; "uniform" is the other choice.
+            "best" chooses, at every update, what has the least error by the statistics: adaptive levels without
+            rotation, or rotated buckets, rounded to nearest only if `rounding` allows it; until then rotated ones.
         rotation: "none" or "hadamard" (`rotation.py`): buckets of 128, 256, 512 or 1024 coordinates.
         rounding: "stochastic"; or "nearest" for rotated buckets, where `norm` has no meaning.
         tails: how codebooks that clip are fitted.
+        is_stratified: whether random numbers are stratified among the ranks: "best" then counts a random rounding's
+            error by STRATIFIED_SHARE.
         min_bits: least code width that a plan may choose; None where the width never changes.
         max_bits: likewise, the largest one.
     """
@@ -75,6 +82,7 @@ class LayerSettings:
     max_bits: int | None = None
     rotation: str = "none"
     rounding: str = "stochastic"
+    is_stratified: bool = False
 
     @property
     def is_exact(self) -> bool:
@@ -84,7 +92,7 @@ class LayerSettings:
     @property
     def is_adaptive(self) -> bool:
         """Whether the levels or the bits follow the gradients' statistics."""
-        learns = self.clips or (self.levels == "adaptive" and self.rotation == "none")
+        learns = self.clips or self.levels == "best" or (self.levels == "adaptive" and self.rotation == "none")
         return (learns or self.widths is not None) and not self.is_exact
 
     @property
@@ -119,6 +127,8 @@ class LayerSettings:
         """
         if self.is_exact:
             return Codebook.exact()
+        if self.levels == "best":
+            return self.candidates[-1].codebook()
         if self.rotation != "none" or self.rounding != "stochastic":
             return self._rotated_codebook()
         fields: dict[str, Any] = {"bucket_size": self.bucket_size, "norm": self.norm, "norm_format": self.norm_format}
@@ -134,6 +144,20 @@ class LayerSettings:
         if self.levels == "exponential" or ((self.levels == "adaptive" or self.clips) and starts_exponential):
             return Codebook.exponential(self.bits, **fields)
         return Codebook.uniform(self.bits, **fields)
+
+    @property
+    def candidates(self) -> tuple["LayerSettings", ...]:
+        """What the levels "best" are chosen among; the last one is what training starts with.
+
+        Raises:
+            CodebookError: where the rotation is given.
+        """
+        if self.rotation != "none":
+            raise CodebookError('levels "best" choose the rotation themselves: leave rotation "none"')
+        plain = dataclasses.replace(self, levels="adaptive", rounding="stochastic")
+        rotated = dataclasses.replace(plain, rotation="hadamard", norm="max")
+        nearest = dataclasses.replace(rotated, rounding="nearest")
+        return (plain, rotated, nearest) if self.rounding == "nearest" else (plain, rotated)
 
     def _rotated_codebook(self) -> Codebook:
         if self.rotation == "none":
@@ -220,8 +244,8 @@ class LayerRule:
     @property
     def settings(self) -> dict[str, Any]:
         """The fields of `LayerSettings` that the rule sets."""
-        names = (field.name for field in dataclasses.fields(LayerSettings) if field.name != "tails")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = (field.name for field in dataclasses.fields(LayerSettings))
+        return {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
 
     def selects(self, name: str, layer_type: str, numel: int) -> bool:
         """Whether all selectors select this parameter."""
@@ -432,6 +456,8 @@ class CodebookRegistry:
             raise RegistryError(
                 f"codebook {key!r} with levels {settings.levels!r} cannot learn from {type(gathered).__name__}"
             )
+        if settings.levels == "best":
+            return self._best(dataclasses.replace(settings, bits=bits), old, gathered, version)
         base = old if bits == old.bits else dataclasses.replace(settings, bits=bits).codebook()
         if isinstance(gathered, MagnitudeStatistics):
             truncation, _ = learnt_truncation(gathered, cast(Scheme, settings.levels), bits, settings.tails)
@@ -440,6 +466,28 @@ class CodebookRegistry:
             return base.with_levels(base.levels, version)
         levels = minimum_variance_levels(gathered, bits, previous=base.levels)
         return base.with_levels([float(level) for level in levels], version)
+
+    @staticmethod
+    def _best(
+        settings: LayerSettings, old: Codebook, gathered: Distribution | MagnitudeStatistics, version: int
+    ) -> Codebook:
+        """The candidate with the least expected error of the mean over the ranks.
+
+        Errors of rotated buckets are the same share of the squared norm whatever the gradient (`gaussian.py`), so the
+        statistics tell them all.
+        """
+        found: list[tuple[float, Codebook]] = []
+        for candidate in settings.candidates:
+            book = candidate.codebook()
+            levels: Sequence[float] = book.levels
+            if candidate.rotation == "none":
+                is_start = old.rotation == "none" and old.bits == book.bits
+                start = old.levels if is_start else book.levels
+                levels = minimum_variance_levels(cast(Distribution, gathered), book.bits, previous=start).tolist()
+            book = book.with_levels(levels, version)
+            is_cancelling = settings.is_stratified and candidate.rounding == "stochastic"
+            found.append((_squared_error(book, gathered) * (STRATIFIED_SHARE if is_cancelling else 1.0), book))
+        return min(found, key=lambda pair: pair[0])[1]
 
     def describe(self) -> dict[str, Any]:
         """Everything that ranks must agree on, as JSON-able values; `differences` compares two descriptions."""
@@ -560,6 +608,8 @@ def _scheme(settings: LayerSettings) -> dict[str, Any]:
 
 def _learnt_fields(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields of a described codebook that follow statistics."""
+    if fields["level_scheme"] == "best":
+        return ("levels", "version", "bits", "norm", "rotation", "rounding", "spread")
     if fields.get("widths") is not None:
         return ("levels", "version", "clip", "bits", "spread")
     is_learnt = fields["level_scheme"] == "adaptive" and fields["rotation"] == "none"

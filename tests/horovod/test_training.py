@@ -99,7 +99,7 @@ def test_agreement_replicas_are_bit_identical_and_learn_2(
 
 @pytest.mark.parametrize("scheme", ["allgather", "reduce_scatter"])
 def test_training_with_rotated_buckets_of_4_bits(two_ranks: RankPool, scheme: str) -> None:
-    """EDEN's rounding, and the same with error feedback and widths planned for every layer."""
+    """EDEN's rounding; and the best codebooks, with error feedback and widths planned for every layer."""
     eden = {"bits": 4, "rotation": "hadamard", "rounding": "nearest"}
     results = two_ranks.run(trained, scheme, "Adam", **eden)
     assert_replicas_agree(results)
@@ -107,7 +107,8 @@ def test_training_with_rotated_buckets_of_4_bits(two_ranks: RankPool, scheme: st
     for ours, theirs in zip(results, plain, strict=True):
         assert sum(ours["losses"][-5:]) / 5 == pytest.approx(sum(theirs[-5:]) / 5, rel=0.05)
     more = {"bits": "auto", "auto_bits": {"reference": 4}, "codebooks": "per_layer", "error_feedback": True}
-    results = two_ranks.run(trained, scheme, "Adam", **{**eden, **more})
+    best = {"levels": "best", "rounding": "nearest", "dither": "stratified"}
+    results = two_ranks.run(trained, scheme, "Adam", **best, **more)
     assert_replicas_agree(results)
     assert results[0]["version"] > 0
 

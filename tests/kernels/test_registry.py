@@ -14,6 +14,7 @@ from qoda_kernels.errors import CodebookError, RegistryError
 from qoda_kernels.gaussian import nearest_codebook, stochastic_codebook
 from qoda_kernels.levels import exponential_levels, quantization_variance, uniform_levels
 from qoda_kernels.registry import CodebookRegistry, LayerRule, LayerSettings, differences
+from qoda_kernels.statistics import HistogramStatistics
 
 UNIFORM = LayerSettings(levels="uniform")
 
@@ -297,9 +298,38 @@ def test_rotated_codebooks_are_those_for_normal_coordinates_and_never_change():
     assert LayerSettings(bits=4, rotation="hadamard", levels="uniform").codebook().levels == Codebook.uniform(4).levels
     with pytest.raises(RegistryError, match="rotation none in this model, hadamard in the saved state"):
         CodebookRegistry.build(model(), LayerSettings(bits=4)).restored(rotated.state_dict())
-    rules = [LayerRule(name="0.weight", rotation="hadamard", rounding="nearest")]
+    rules = [LayerRule(name="2.weight", rounding="nearest")]
     keys = CodebookRegistry.build(model(), LayerSettings(rotation="hadamard"), rules).codebooks
-    assert any(key.endswith("/5bit-nearest") for key in keys) or "nearest" in {book.rounding for book in keys.values()}
+    assert keys["convolution/5bit-nearest"].rounding == "nearest"
+    assert keys["convolution"].rounding == "stochastic"
+
+
+def histogram_of(values):
+    return HistogramStatistics.gather(values.astype(np.float32), 512, "max")
+
+
+@pytest.mark.parametrize(
+    ("rounding", "is_stratified", "dense"),
+    [("nearest", False, "nearest"), ("nearest", True, "nearest"), ("stochastic", False, "stochastic")],
+)
+def test_the_best_is_chosen_for_each_type(rounding, is_stratified, dense):
+    """Heavy tails are rotated; a few values of equal size among zeros lie on levels, and are not."""
+    rng = np.random.default_rng(0)
+    sparse = np.where(rng.random(50_000) < 0.02, 1.0, 0.0)
+    heavy = rng.standard_t(3, 50_000)
+    settings = LayerSettings(bits=4, levels="best", rounding=rounding, is_stratified=is_stratified)
+    start = CodebookRegistry.build(model(), settings)
+    assert {book.rotation for key, book in start.codebooks.items() if not book.is_exact} == {"hadamard"}
+    first, second = start.adaptive_keys[:2]
+    after = start.updated({first: histogram_of(sparse), second: histogram_of(heavy)})
+    assert after.codebooks[first].rotation == "none"
+    assert (after.codebooks[second].rotation, after.codebooks[second].rounding) == ("hadamard", dense)
+    assert start.restored(json.loads(json.dumps(after.state_dict()))).digest == after.digest
+    swapped = after.updated({first: histogram_of(heavy), second: histogram_of(sparse)})
+    assert swapped.codebooks[first].rotation == "hadamard"
+    assert swapped.codebooks[second].rotation == "none"
+    with pytest.raises(CodebookError, match="choose the rotation themselves"):
+        LayerSettings(levels="best", rotation="hadamard").codebook()
 
 
 def test_tensor_under_two_names_is_refused():
