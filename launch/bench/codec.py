@@ -32,6 +32,7 @@ from launch.train.options import HelpFormatter, not_negative, positive
 from launch.train.summary import write_json
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
+from qoda_kernels.gaussian import nearest_codebook, stochastic_codebook
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.wire import MessageContext
 from qoda_kernels.worker_threads import WorkerThreads
@@ -79,6 +80,8 @@ CODEBOOKS = {
     "codebook, 8 bits": convex_codebook(8),
     "exponential, 6 bits": Codebook.exponential(6),
     "exponential, 8 bits": Codebook.exponential(8),
+    "rotated, 4 bits": stochastic_codebook(4, 512, "fp32"),
+    "rotated to nearest, 4 bits": nearest_codebook(4, False, 512, "fp32"),
 }
 WITH_TWO_THREADS = ("uniform, 4 bits", "codebook, 5 bits")
 STRATIFIED = ("uniform, 4 bits", "codebook, 5 bits")
@@ -153,6 +156,9 @@ def ratios(timings: dict[str, Timing]) -> dict[str, float | None]:
             return None
         return timings[first].milliseconds / timings[second].milliseconds
 
+    def added(first: str, second: str) -> float:
+        return (timings[first].milliseconds - timings[second].milliseconds) / timings[COPY].milliseconds
+
     return {
         "memcpy_ms": timings[COPY].milliseconds,
         "uniform4_encode_over_memcpy": over("uniform, 4 bits: encode", COPY),
@@ -169,6 +175,9 @@ def ratios(timings: dict[str, Timing]) -> dict[str, float | None]:
         "exponential6_over_fast": over("exponential, 6 bits: encode", "codebook, 5 bits: encode"),
         "exponential8_over_fast": over("exponential, 8 bits: encode", "codebook, 5 bits: encode"),
         "exponential8_over_uniform4": over("exponential, 8 bits: encode", "uniform, 4 bits: encode"),
+        "rotation_encode_added_over_memcpy": added("rotated, 4 bits: encode", "codebook, 4 bits: encode"),
+        "rotation_decode_added_over_memcpy": added("rotated, 4 bits: decode", "codebook, 4 bits: decode"),
+        "nearest_encode_added_over_memcpy": added("rotated to nearest, 4 bits: encode", "codebook, 4 bits: encode"),
         "stratified_over_independent": over(
             "codebook, 5 bits, stratified among 4 ranks: encode", "codebook, 5 bits: encode"
         ),
