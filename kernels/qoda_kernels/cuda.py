@@ -29,6 +29,7 @@ from qoda_kernels.device_tables import (
     SENDER,
     STATUS,
     STEP,
+    WARPS,
     WORKSPACE,
 )
 from qoda_kernels.dither import FIRST_MULTIPLIER, SECOND_MULTIPLIER
@@ -50,14 +51,15 @@ from qoda_kernels.kernel_constants import (
     WEYL,
 )
 from qoda_kernels.layout import HEADER_BYTES
+from qoda_kernels.rotation import SECOND_BLOCK_BIT
 
 # mypy: disable-error-code="no-untyped-def"
 # Numba infers the types of device functions.
 
-THREADS = 256
+THREADS = 32 * WARPS
 CHECK_BYTES = 8192  # what one warp sums at a time of a received payload
 
-_WARPS = THREADS // 32
+_WARPS = WARPS
 _LONG = types.uint64
 _FLOAT32, _FLOAT16, _BFLOAT16, _FLOAT64 = (np.uint32(kind) for kind in KINDS.values())
 _UNIFORM, _MINIMUM = np.uint32(METHODS["uniform"]), np.uint32(METHODS["minimum"])
@@ -111,6 +113,10 @@ _KEY_FIRST, _KEY_SECOND, _COMMON_FIRST, _COMMON_SECOND, _POSITION, _STRATA, _COU
     _offsets(STEP)[name]
     for name in ("key_first", "key_second", "common_first", "common_second", "position", "strata", "counter")
 )
+_ROTATION_FIRST, _ROTATION_SECOND = (_offsets(STEP)[name] for name in ("rotation_first", "rotation_second"))
+_ROTATES, _SPREAD, _MAGNITUDES = (_offsets(SEGMENT)[name] for name in ("rotates", "spread", "magnitudes"))
+_PLAN_ROTATED = _offsets(PLAN)["rotated"]
+_ROOT_OF_HALF = np.uint32(0x3F3504F3)  # 2^-0.5 as float32 bits
 
 
 # --- numbers of threads, sums over a warp -----------------------------------------------------------------------------
@@ -614,6 +620,223 @@ def _place_in_tiles(lanes):
     return np.uint32(0), np.uint32(1), lane
 
 
+# --- rotation ---------------------------------------------------------------------------------------------------------
+
+
+@_device
+def _apply_signs(table, begin, size, bit, word):
+    """Give a block in shared memory its signs: bits `bit`, `bit` + 1, ... of each lane's word for its rows."""
+    index = _lane()
+    while index < size:
+        place = word32.add(begin, index)
+        sign = word32.shift_left(word32.shift_right(word, bit), np.uint32(31))
+        table[place] = word32.float_from_bits(word32.bit_xor(word32.float_bits(memory.element(table, place)), sign))
+        bit = word32.add(bit, np.uint32(1))
+        index = word32.add(index, np.uint32(32))
+
+
+@_device
+def _transform(table, begin, size, factor):
+    """Walsh-Hadamard transform of a block in shared memory, a power of two of values, times a factor."""
+    cuda.syncwarp()
+    half = word32.shift_right(size, np.uint32(1))
+    distance = half
+    while distance > np.uint32(0):
+        index = _lane()
+        while index < half:
+            inside = word32.bit_and(index, word32.subtract(distance, np.uint32(1)))
+            place = word32.add(begin, word32.subtract(word32.add(index, index), inside))
+            other = word32.add(place, distance)
+            a = memory.element(table, place)
+            b = memory.element(table, other)
+            table[place] = libdevice.fadd_rn(a, b)
+            table[other] = libdevice.fsub_rn(a, b)
+            index = word32.add(index, np.uint32(32))
+        cuda.syncwarp()
+        distance = word32.shift_right(distance, np.uint32(1))
+    index = _lane()
+    while index < size:
+        place = word32.add(begin, index)
+        table[place] = libdevice.fmul_rn(memory.element(table, place), factor)
+        index = word32.add(index, np.uint32(32))
+    cuda.syncwarp()
+
+
+@_device
+def _block_of(count):
+    """The largest power of two that is not above a count, and 1 / its square root (`rotation.inverse_root`)."""
+    size = np.uint32(1)
+    power = np.uint32(0)
+    while word32.add(size, size) <= count:
+        size = word32.add(size, size)
+        power = word32.add(power, np.uint32(1))
+    root = np.uint32(127 << 23)
+    if word32.bit_and(power, np.uint32(1)) != np.uint32(0):
+        root = _ROOT_OF_HALF
+    root = word32.subtract(root, word32.shift_left(word32.shift_right(power, np.uint32(1)), np.uint32(23)))
+    return size, word32.float_from_bits(root)
+
+
+@_device
+def _sign_word(place, first, second):
+    """The word whose bits are the signs of the lane's coordinates, in the bucket that begins at a coordinate."""
+    first = word32.add(first, word32.multiply(np.uint32(place >> np.uint64(32)), HIGH_WORD))
+    number = word32.add(np.uint32(place & np.uint64(0xFFFFFFFF)), _lane())
+    return _hash(word32.multiply(number, WEYL), first, second)
+
+
+@_device
+def _rotate(table, begin, count, word):
+    """Rotate a bucket in shared memory (`rotation.rotate`); each lane has written its own coordinates."""
+    size, factor = _block_of(count)
+    _apply_signs(table, begin, size, np.uint32(0), word)
+    _transform(table, begin, size, factor)
+    if size < count:
+        last = word32.add(begin, word32.subtract(count, size))
+        _apply_signs(table, last, size, np.uint32(SECOND_BLOCK_BIT), word)
+        _transform(table, last, size, factor)
+
+
+@_device
+def _rotate_back(table, begin, count, word):
+    """The inverse (`rotation.rotate_back`)."""
+    size, factor = _block_of(count)
+    if size < count:
+        last = word32.add(begin, word32.subtract(count, size))
+        _transform(table, last, size, factor)
+        _apply_signs(table, last, size, np.uint32(SECOND_BLOCK_BIT), word)
+    _transform(table, begin, size, factor)
+    _apply_signs(table, begin, size, np.uint32(0), word)
+    cuda.syncwarp()
+
+
+@_device
+def _shared_sum(table, begin, count, is_of_squares):
+    """Sum of a bucket in shared memory, or of its squares, over the warp (`reference.tree_sum`)."""
+    total = np.float32(0.0)
+    index = _lane()
+    while index < count:
+        value = memory.element(table, word32.add(begin, index))
+        if is_of_squares:
+            value = libdevice.fmul_rn(value, value)
+        total = libdevice.fadd_rn(total, value)
+        index = word32.add(index, np.uint32(32))
+    return _warp_tree_sum(total)
+
+
+@_device
+def _shared_maximum(table, begin, count):
+    """Largest magnitude of a bucket in shared memory, over the warp, as float32 bits."""
+    largest = np.uint32(0)
+    index = _lane()
+    while index < count:
+        largest = word32.maximum(largest, _magnitude_bits(memory.element(table, word32.add(begin, index))))
+        index = word32.add(index, np.uint32(32))
+    return _warp_maximum(largest)
+
+
+@_device
+def _powers_of_scale(largest):
+    """`reference.powers_of_scale`."""
+    exponent = word32.shift_right(largest, np.uint32(23))
+    field = np.uint32(253)
+    if exponent >= np.uint32(253):
+        field = np.uint32(1)
+    elif exponent > np.uint32(0):
+        field = word32.subtract(np.uint32(254), exponent)
+    up = word32.float_from_bits(word32.shift_left(field, np.uint32(23)))
+    return up, word32.float_from_bits(word32.shift_left(word32.subtract(np.uint32(254), field), np.uint32(23)))
+
+
+@_device
+def _shared_l2_norm(table, begin, count, largest):
+    """Euclidean norm of a bucket in shared memory that is not all zero (`reference.bucket_norm`), as float32 bits."""
+    up, down = _powers_of_scale(largest)
+    total = np.float32(0.0)
+    index = _lane()
+    while index < count:
+        total = _add_square(total, memory.element(table, word32.add(begin, index)), up)
+        index = word32.add(index, np.uint32(32))
+    root = libdevice.fsqrt_rn(_warp_tree_sum(total))
+    return word32.minimum(word32.float_bits(libdevice.fmul_rn(root, down)), LARGEST)
+
+
+@_device
+def _place_rotated(values, kind, count, up, word, table, begin):
+    """Read a bucket into shared memory, times a factor, and rotate it there."""
+    cuda.syncwarp()
+    index = _lane()
+    while index < count:
+        value = _load_value(values + (np.uint64(index) << np.uint64(_item_shift(kind))), kind)
+        table[word32.add(begin, index)] = libdevice.fmul_rn(value, up)
+        index = word32.add(index, np.uint32(32))
+    _rotate(table, begin, count, word)
+
+
+@_device
+def _element_or_zero(table, begin, index, count):
+    if index < count:
+        return memory.element(table, word32.add(begin, index))
+    return np.float32(0.0)
+
+
+@_device
+def _shared_column(table, begin, first, stride, count):
+    """Values at first, first + stride, ..., first + 7 stride of a bucket in shared memory; 0 for those beyond."""
+    b = word32.add(first, stride)
+    c = word32.add(b, stride)
+    d = word32.add(c, stride)
+    e = word32.add(d, stride)
+    f = word32.add(e, stride)
+    g = word32.add(f, stride)
+    return (
+        _element_or_zero(table, begin, first, count),
+        _element_or_zero(table, begin, b, count),
+        _element_or_zero(table, begin, c, count),
+        _element_or_zero(table, begin, d, count),
+        _element_or_zero(table, begin, e, count),
+        _element_or_zero(table, begin, f, count),
+        _element_or_zero(table, begin, g, count),
+        _element_or_zero(table, begin, word32.add(g, stride), count),
+    )
+
+
+@_device
+def _store_products(table, begin, first, stride, count, low, high, bits, steps, magnitudes):
+    """Replace a column of a bucket by its magnitudes times the levels of its codes, of rows 0-3 and of rows 4-7."""
+    index = first
+    row = np.uint32(0)
+    while index < count and row < np.uint32(8):
+        word = low if row < np.uint32(4) else high
+        shift = word32.multiply(word32.bit_and(row, np.uint32(3)), bits)
+        level = word32.bit_and(word32.shift_right(word, shift), steps)
+        place = word32.add(begin, index)
+        magnitude = word32.float_from_bits(_magnitude_bits(memory.element(table, place)))
+        table[place] = libdevice.fmul_rn(magnitude, memory.element(table, word32.add(magnitudes, level)))
+        index = word32.add(index, stride)
+        row = word32.add(row, np.uint32(1))
+
+
+@_device
+def _bfloat16_norm(norm_bits, norm_bytes, addend):
+    """A norm that is not NaN as it travels, given what is added before a bfloat16 is cut off."""
+    if norm_bytes == np.uint32(2):
+        return word32.bit_and(word32.add(norm_bits, addend), HIGH_HALF)
+    return norm_bits
+
+
+@_device
+def _store_norm(message, segment, number, norm_bytes, norm_bits):
+    """Store a bucket's norm word; returns its share of the checksum, which belongs to one lane."""
+    norm_offset = word32.add(memory.load_word(segment + _BEGIN), word32.multiply(number, norm_bytes))
+    if norm_bytes == np.uint32(2):
+        upper = word32.shift_right(norm_bits, np.uint32(16))
+        memory.store_half_word(message + np.uint64(norm_offset), upper)
+        return _share(norm_offset, upper)
+    memory.store_word(message + np.uint64(norm_offset), norm_bits)
+    return _share(norm_offset, norm_bits)
+
+
 # --- encode -----------------------------------------------------------------------------------------------------------
 
 
@@ -664,8 +887,12 @@ def _store_zeros(message, offset, count):
 
 
 @_device
-def _encode_bucket(values, kind, segment, message, number, table, key):
-    """Quantize and pack one bucket; returns the lane's share of the checksum."""
+def _encode_bucket(values, kind, segment, message, number, table, key, rotation):
+    """Quantize and pack one bucket; returns the lane's share of the checksum.
+
+    `rotation` holds whether there are codebooks that rotate, as the compiler knows, the words of their key, and the
+    first float of the warp's part of the shared memory.
+    """
     lane = _lane()
     bits = memory.load_word(segment + _BITS)
     lanes = memory.load_word(segment + _LANES)
@@ -680,22 +907,40 @@ def _encode_bucket(values, kind, segment, message, number, table, key):
     offset = word32.add(memory.load_word(segment + _CODES_BEGIN), word32.multiply(number, bucket_bytes))
     total = np.uint64(0)
 
-    norm_bits = _norm(values, kind, count, memory.load_word(segment + _IS_L2))
+    may_rotate, rotation_first, rotation_second, scratch = rotation
+    rotates = may_rotate and memory.load_word(segment + _ROTATES) != np.uint32(0)
+    is_l2 = memory.load_word(segment + _IS_L2)
+    norm_bits = _norm(values, kind, count, np.uint32(0) if rotates else is_l2)
     clip = memory.load_word(segment + _CLIP)
     if clip != np.uint32(0) and norm_bits != np.uint32(0) and norm_bits < INFINITY:
         norm_bits = clip
+    spread = np.float32(0.0)  # above 0: to nearest
+    power = np.float32(0.0)
+    down = np.float32(0.0)
+    used_bits = np.uint32(0)  # of the norm by which rotated coordinates are divided
+    if rotates and norm_bits != np.uint32(0) and norm_bits < INFINITY:
+        up, down = _powers_of_scale(norm_bits)
+        _place_rotated(values, kind, count, up, _sign_word(place, rotation_first, rotation_second), table, scratch)
+        spread = memory.load_float(segment + _SPREAD)
+        if spread > np.float32(0.0):
+            power = _shared_sum(table, scratch, count, True)
+            root = libdevice.fsqrt_rn(libdevice.fdiv_rn(power, np.float32(np.int32(count))))
+            used_bits = word32.float_bits(libdevice.fmul_rn(root, spread))
+        else:
+            norm_bits = _shared_maximum(table, scratch, count)
+            if is_l2 != np.uint32(0):
+                norm_bits = _shared_l2_norm(table, scratch, count, norm_bits)
+            scaled = libdevice.fmul_rn(word32.float_from_bits(norm_bits), down)
+            norm_bits = word32.minimum(word32.float_bits(scaled), LARGEST)
     if norm_bytes == np.uint32(2):
         rounded_up = word32.bit_and(word32.add(norm_bits, LOW_HALF), HIGH_HALF)
         norm_bits = NAN if norm_bits >= INFINITY else rounded_up
-    if lane == np.uint32(0):
-        norm_offset = word32.add(memory.load_word(segment + _BEGIN), word32.multiply(number, norm_bytes))
-        if norm_bytes == np.uint32(2):
-            upper = word32.shift_right(norm_bits, np.uint32(16))
-            memory.store_half_word(message + np.uint64(norm_offset), upper)
-            total += _share(norm_offset, upper)
-        else:
-            memory.store_word(message + np.uint64(norm_offset), norm_bits)
-            total += _share(norm_offset, norm_bits)
+    if rotates and spread == np.float32(0.0) and norm_bits != np.uint32(0) and norm_bits < INFINITY:
+        used_bits = word32.float_bits(libdevice.fmul_rn(word32.float_from_bits(norm_bits), up))
+    if lane == np.uint32(0) and spread == np.float32(0.0):
+        total += _store_norm(message, segment, number, norm_bytes, norm_bits)
+    if rotates:
+        norm_bits = used_bits
     if begin + np.uint64(count) == length:
         _store_padding(message, segment)
 
@@ -717,7 +962,7 @@ def _encode_bucket(values, kind, segment, message, number, table, key):
     method = memory.load_word(segment + _METHOD)
     rounding = memory.load_word(segment + _ROUNDING)
     norm = word32.float_from_bits(norm_bits)
-    is_tiny = norm < TINY_NORM
+    is_tiny = not rotates and norm < TINY_NORM
     if is_tiny:
         norm = libdevice.fmul_rn(norm, TINY_SCALE)
     numerator = np.float32(1.0)
@@ -726,6 +971,10 @@ def _encode_bucket(values, kind, segment, message, number, table, key):
     multiplier = libdevice.fdiv_rn(numerator, norm)
     high_place = np.uint32(place >> np.uint64(32))
     key_first, key_second, common_first, common_second, position, strata = key
+    random_bits = np.uint32(0xFFFFFFFF)
+    if spread > np.float32(0.0):
+        random_bits = np.uint32(0)
+        strata = np.uint32(1)
     key_first = word32.add(key_first, word32.multiply(high_place, HIGH_WORD))
     common_first = word32.add(common_first, word32.multiply(high_place, HIGH_WORD))
     inverse = libdevice.fdiv_rn(np.float32(1.0), np.float32(np.int32(strata)))
@@ -742,7 +991,10 @@ def _encode_bucket(values, kind, segment, message, number, table, key):
             stride = tail_lanes
         if tile_lane < stride:
             first = word32.add(word32.multiply(number_of_tile, tile), tile_lane)
-            v = _load_column(values, kind, first, stride, count)
+            if rotates:
+                v = _shared_column(table, scratch, first, stride, count)
+            else:
+                v = _load_column(values, kind, first, stride, count)
             low = _signs(v[0], v[1], v[2], v[3], bits)
             high = _signs(v[4], v[5], v[6], v[7], bits)
             x = _normalised(_clipped(v, norm_bits), is_tiny, multiplier)
@@ -755,25 +1007,29 @@ def _encode_bucket(values, kind, segment, message, number, table, key):
                     _hash(weyl, common_first, common_second),
                     _hash(word32.add(weyl, row_weyl), common_first, common_second),
                 )
-            random = _hash(weyl, key_first, key_second)
+            random = word32.bit_and(_hash(weyl, key_first, key_second), random_bits)
             if strata > np.uint32(1):
                 random = _stratified(random, common[0], 0, low, high, bits, position, strata, inverse)
             low, high = _add_levels(low, high, 0, y[0], y[4], random, bits, fraction, steps)
             weyl = word32.add(weyl, row_weyl)
-            random = _hash(weyl, key_first, key_second)
+            random = word32.bit_and(_hash(weyl, key_first, key_second), random_bits)
             if strata > np.uint32(1):
                 random = _stratified(random, common[1], 1, low, high, bits, position, strata, inverse)
             low, high = _add_levels(low, high, 1, y[1], y[5], random, bits, fraction, steps)
             weyl = word32.add(weyl, row_weyl)
-            random = _hash(weyl, key_first, key_second)
+            random = word32.bit_and(_hash(weyl, key_first, key_second), random_bits)
             if strata > np.uint32(1):
                 random = _stratified(random, common[0], 2, low, high, bits, position, strata, inverse)
             low, high = _add_levels(low, high, 2, y[2], y[6], random, bits, fraction, steps)
             weyl = word32.add(weyl, row_weyl)
-            random = _hash(weyl, key_first, key_second)
+            random = word32.bit_and(_hash(weyl, key_first, key_second), random_bits)
             if strata > np.uint32(1):
                 random = _stratified(random, common[1], 3, low, high, bits, position, strata, inverse)
             low, high = _add_levels(low, high, 3, y[3], y[7], random, bits, fraction, steps)
+
+            if spread > np.float32(0.0):
+                magnitudes = memory.load_word(segment + _MAGNITUDES)
+                _store_products(table, scratch, first, stride, count, low, high, bits, steps, magnitudes)
 
             middle = np.uint64(word32.shift_left(bits, np.uint32(2)))
             packed = np.uint64(high) << middle | np.uint64(low)
@@ -793,12 +1049,26 @@ def _encode_bucket(values, kind, segment, message, number, table, key):
                 byte_offset = word32.add(byte_offset, stride)
                 plane = word32.add(plane, np.uint32(1))
         number_of_tile = word32.add(number_of_tile, together)
+    if spread > np.float32(0.0):
+        cuda.syncwarp()
+        ratio = libdevice.fdiv_rn(power, _shared_sum(table, scratch, count, False))
+        norm_bits = word32.minimum(word32.float_bits(libdevice.fmul_rn(ratio, down)), LARGEST)
+        if lane == np.uint32(0):
+            norm_bits = _bfloat16_norm(norm_bits, norm_bytes, np.uint32(0x8000))
+            total += _store_norm(message, segment, number, norm_bytes, norm_bits)
     words = word32.shift_right(lanes, np.uint32(2))
     return total + _share_of_planes(word32.add(offset, tile_lane), byte_sum, weighted_sum, words)
 
 
 @_device
-def _encode_message(plan, header, values, message, key, counter):
+def _scratch_of_warp(plan, table_floats):
+    """The first float of the warp's part of the shared memory behind a table."""
+    in_block = word32.shift_right(np.uint32(cuda.threadIdx.x), np.uint32(5))
+    return word32.add(table_floats, word32.multiply(in_block, memory.load_word(plan + _PLAN_ROTATED)))
+
+
+@_device
+def _encode_message(plan, header, values, message, key, rotation, counter):
     """Encode a whole message; a key of a single stratum that is known to the compiler costs nothing."""
     table = cuda.shared.array(0, types.float32)
     sums = cuda.shared.array(_WARPS, _LONG)
@@ -806,6 +1076,9 @@ def _encode_message(plan, header, values, message, key, counter):
     segments = memory.load_long(plan + _PLAN_SEGMENTS)
     segment_count = memory.load_word(plan + _PLAN_SEGMENT_COUNT)
     units = memory.load_word(plan + _PLAN_UNITS)
+    may_rotate, rotation_first, rotation_second = rotation
+    scratch = _scratch_of_warp(plan, memory.load_word(plan + _PLAN_ROUNDING_FLOATS))
+    own_rotation = may_rotate, rotation_first, rotation_second, scratch
     total = np.uint64(0)
     unit = _first_warp()
     while unit < units:
@@ -817,7 +1090,7 @@ def _encode_message(plan, header, values, message, key, counter):
         if memory.load_word(segment + _BITS) == _EXACT:
             total += _encode_exact(own_values, kind, segment, message, number)
         else:
-            total += _encode_bucket(own_values, kind, segment, message, number, table, key)
+            total += _encode_bucket(own_values, kind, segment, message, number, table, key, own_rotation)
         unit = word32.add(unit, _all_warps())
 
     total = _warp_sum(total)
@@ -861,7 +1134,7 @@ def encode(plan, header, values, message, step, key_first, key_second, counter):
         key_second = memory.load_word(step + _KEY_SECOND)
         counter = memory.load_word(step + _COUNTER)
     key = key_first, key_second, np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(1)
-    _encode_message(plan, header, values, message, key, counter)
+    _encode_message(plan, header, values, message, key, (False, np.uint32(0), np.uint32(0)), counter)
 
 
 def encode_stratified(
@@ -880,7 +1153,41 @@ def encode_stratified(
         strata = memory.load_word(step + _STRATA)
         counter = memory.load_word(step + _COUNTER)
     key = key_first, key_second, common_first, common_second, position, strata
-    _encode_message(plan, header, values, message, key, counter)
+    _encode_message(plan, header, values, message, key, (False, np.uint32(0), np.uint32(0)), counter)
+
+
+def encode_rotated(
+    plan,
+    header,
+    values,
+    message,
+    step,
+    key_first,
+    key_second,
+    common_first,
+    common_second,
+    position,
+    strata,
+    rotation_first,
+    rotation_second,
+    counter,
+):
+    """Encode a whole message, some of whose codebooks rotate; `strata` may be 1.
+
+    It takes the arguments of `encode_stratified`, and before counter the fields of the `RotationKey`, uint32.
+    """
+    if step != np.uint64(0):
+        key_first = memory.load_word(step + _KEY_FIRST)
+        key_second = memory.load_word(step + _KEY_SECOND)
+        common_first = memory.load_word(step + _COMMON_FIRST)
+        common_second = memory.load_word(step + _COMMON_SECOND)
+        position = memory.load_word(step + _POSITION)
+        strata = memory.load_word(step + _STRATA)
+        rotation_first = memory.load_word(step + _ROTATION_FIRST)
+        rotation_second = memory.load_word(step + _ROTATION_SECOND)
+        counter = memory.load_word(step + _COUNTER)
+    key = key_first, key_second, common_first, common_second, position, strata
+    _encode_message(plan, header, values, message, key, (True, rotation_first, rotation_second), counter)
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------
@@ -970,8 +1277,18 @@ def _store_if(out, kind, index, count, value):
 
 
 @_device
-def _decode_bucket(out, kind, segment, number, senders, sender_count, scale, table):
-    """Decode one bucket of all messages, sum in their order, times the scale."""
+def _store_sum(out, kind, index, count, total, scale, rotates, table, scratch):
+    """Store one sum times the scale; where it is still rotated, as it is in shared memory."""
+    if rotates:
+        if index < count:
+            table[word32.add(scratch, index)] = total
+    else:
+        _store_if(out, kind, index, count, libdevice.fmul_rn(total, scale))
+
+
+@_device
+def _decode_bucket(out, kind, segment, number, senders, sender_count, scale, table, rotation):
+    """Decode one bucket of all messages, sum in their order, times the scale; `rotation` is as for `_encode_bucket`."""
     lane = _lane()
     bits = memory.load_word(segment + _BITS)
     lanes = memory.load_word(segment + _LANES)
@@ -992,6 +1309,8 @@ def _decode_bucket(out, kind, segment, number, senders, sender_count, scale, tab
         _fill_with_nan(out, kind, segment, number)
         return
 
+    may_rotate, rotation_first, rotation_second, scratch = rotation
+    rotates = may_rotate and memory.load_word(segment + _ROTATES) != np.uint32(0)
     bucket_bytes = word32.multiply(word32.shift_right(bucket_size, np.uint32(3)), bits)
     offset = word32.add(memory.load_word(segment + _CODES_BEGIN), word32.multiply(number, bucket_bytes))
     out += begin << np.uint64(_item_shift(kind))
@@ -1037,23 +1356,33 @@ def _decode_bucket(out, kind, segment, number, senders, sender_count, scale, tab
                 t7 = _add_row(t7, high, 3, bits, mask, norm, table, levels)
                 sender = word32.add(sender, np.uint32(1))
             index = word32.add(tile_begin, tile_lane)
-            _store_if(out, kind, index, count, libdevice.fmul_rn(t0, scale))
+            _store_sum(out, kind, index, count, t0, scale, rotates, table, scratch)
             index = word32.add(index, stride)
-            _store_if(out, kind, index, count, libdevice.fmul_rn(t1, scale))
+            _store_sum(out, kind, index, count, t1, scale, rotates, table, scratch)
             index = word32.add(index, stride)
-            _store_if(out, kind, index, count, libdevice.fmul_rn(t2, scale))
+            _store_sum(out, kind, index, count, t2, scale, rotates, table, scratch)
             index = word32.add(index, stride)
-            _store_if(out, kind, index, count, libdevice.fmul_rn(t3, scale))
+            _store_sum(out, kind, index, count, t3, scale, rotates, table, scratch)
             index = word32.add(index, stride)
-            _store_if(out, kind, index, count, libdevice.fmul_rn(t4, scale))
+            _store_sum(out, kind, index, count, t4, scale, rotates, table, scratch)
             index = word32.add(index, stride)
-            _store_if(out, kind, index, count, libdevice.fmul_rn(t5, scale))
+            _store_sum(out, kind, index, count, t5, scale, rotates, table, scratch)
             index = word32.add(index, stride)
-            _store_if(out, kind, index, count, libdevice.fmul_rn(t6, scale))
+            _store_sum(out, kind, index, count, t6, scale, rotates, table, scratch)
             index = word32.add(index, stride)
-            _store_if(out, kind, index, count, libdevice.fmul_rn(t7, scale))
+            _store_sum(out, kind, index, count, t7, scale, rotates, table, scratch)
         tile_begin = word32.add(tile_begin, word32.multiply(together, tile))
         number_of_tile = word32.add(number_of_tile, together)
+    if rotates:
+        place = memory.load_long(segment + _COORDINATE) + begin
+        cuda.syncwarp()
+        _rotate_back(table, scratch, count, _sign_word(place, rotation_first, rotation_second))
+        index = lane
+        while index < count:
+            value = memory.element(table, word32.add(scratch, index))
+            _store_value(out, kind, index, libdevice.fmul_rn(value, scale))
+            index = word32.add(index, np.uint32(32))
+        cuda.syncwarp()
 
 
 @_device
@@ -1098,24 +1427,15 @@ def _check_messages(plan, senders, sender_count, counter):
     return is_good
 
 
-def decode_mean(plan, senders, sender_count, outputs, step, counter, scale, pieces):
-    """Decode several messages, sum them in the order given, in float32, times a scale; check every header.
-
-    Args:
-        plan: address of the PLAN record.
-        senders: address of the SENDER records.
-        sender_count: uint32, at least 1.
-        outputs: address of uint64 addresses of the segments' results.
-        step: address of a STEP record whose counter to use instead of the next, or 0.
-        counter: uint32, of the exchange.
-        scale: float32.
-        pieces: uint32, pieces of CHECK_BYTES in a payload.
-    """
+@_device
+def _decode_messages(plan, senders, sender_count, outputs, rotation, counter, scale, pieces):
+    """Decode several messages; see `decode_mean`."""
     table = cuda.shared.array(0, types.float32)
     verdict = cuda.shared.array(1, types.uint32)
     _copy_table(memory.load_long(plan + _PLAN_LEVELS), memory.load_word(plan + _PLAN_LEVEL_FLOATS), table)
-    if step != np.uint64(0):
-        counter = memory.load_word(step + _COUNTER)
+    may_rotate, rotation_first, rotation_second = rotation
+    scratch = _scratch_of_warp(plan, memory.load_word(plan + _PLAN_LEVEL_FLOATS))
+    own_rotation = may_rotate, rotation_first, rotation_second, scratch
     segments = memory.load_long(plan + _PLAN_SEGMENTS)
     segment_count = memory.load_word(plan + _PLAN_SEGMENT_COUNT)
     payload_bytes = memory.load_word(plan + _PLAN_PAYLOAD_BYTES)
@@ -1144,7 +1464,7 @@ def decode_mean(plan, senders, sender_count, outputs, step, counter, scale, piec
             if memory.load_word(segment + _BITS) == _EXACT:
                 _decode_exact(out, kind, segment, number, senders, sender_count, scale)
             else:
-                _decode_bucket(out, kind, segment, number, senders, sender_count, scale, table)
+                _decode_bucket(out, kind, segment, number, senders, sender_count, scale, table, own_rotation)
             unit = word32.add(unit, _all_warps())
 
     cuda.syncthreads()
@@ -1165,6 +1485,40 @@ def decode_mean(plan, senders, sender_count, outputs, step, counter, scale, piec
             number = word32.subtract(unit, memory.load_word(segment + _FIRST_UNIT))
             _fill_with_nan(out, memory.load_word(segment + _KIND), segment, number)
             unit = word32.add(unit, np.uint32(_WARPS))
+
+
+def decode_mean(plan, senders, sender_count, outputs, step, counter, scale, pieces):
+    """Decode several messages, sum them in the order given, in float32, times a scale; check every header.
+
+    Args:
+        plan: address of the PLAN record.
+        senders: address of the SENDER records.
+        sender_count: uint32, at least 1.
+        outputs: address of uint64 addresses of the segments' results.
+        step: address of a STEP record whose counter to use instead of the next, or 0.
+        counter: uint32, of the exchange.
+        scale: float32.
+        pieces: uint32, pieces of CHECK_BYTES in a payload.
+    """
+    if step != np.uint64(0):
+        counter = memory.load_word(step + _COUNTER)
+    rotation = False, np.uint32(0), np.uint32(0)
+    _decode_messages(plan, senders, sender_count, outputs, rotation, counter, scale, pieces)
+
+
+def decode_mean_rotated(
+    plan, senders, sender_count, outputs, step, rotation_first, rotation_second, counter, scale, pieces
+):
+    """Decode several messages, some of whose codebooks rotate.
+
+    It takes the arguments of `decode_mean`, and before counter the fields of the `RotationKey`, uint32.
+    """
+    if step != np.uint64(0):
+        rotation_first = memory.load_word(step + _ROTATION_FIRST)
+        rotation_second = memory.load_word(step + _ROTATION_SECOND)
+        counter = memory.load_word(step + _COUNTER)
+    rotation = True, rotation_first, rotation_second
+    _decode_messages(plan, senders, sender_count, outputs, rotation, counter, scale, pieces)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -1256,9 +1610,14 @@ _ADDRESS, _WORD = types.uint64, types.uint32
 SIGNATURES = {
     "encode": (encode, types.void(*[_ADDRESS] * 5, *[_WORD] * 3)),
     "encode_stratified": (encode_stratified, types.void(*[_ADDRESS] * 5, *[_WORD] * 7)),
+    "encode_rotated": (encode_rotated, types.void(*[_ADDRESS] * 5, *[_WORD] * 9)),
     "decode_mean": (
         decode_mean,
         types.void(_ADDRESS, _ADDRESS, _WORD, _ADDRESS, _ADDRESS, _WORD, types.float32, _WORD),
+    ),
+    "decode_mean_rotated": (
+        decode_mean_rotated,
+        types.void(_ADDRESS, _ADDRESS, _WORD, _ADDRESS, _ADDRESS, *[_WORD] * 3, types.float32, _WORD),
     ),
     "gather_statistics": (gather_statistics, types.void(_ADDRESS, _ADDRESS, _ADDRESS, _WORD)),
 }

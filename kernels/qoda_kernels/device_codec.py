@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.codec import Codec
+from qoda_kernels.codec import Codec, common_rotation
 from qoda_kernels.device_statistics import GATHERED, empty_records, histograms
 from qoda_kernels.device_tables import (
     COUNTER_WORD,
@@ -24,6 +24,7 @@ from qoda_kernels.device_tables import (
     SENDER,
     STATUS,
     STEP,
+    WARPS,
     WORKSPACE,
     PlanTables,
 )
@@ -232,11 +233,13 @@ class DeviceCodec(Codec):
             self._values.address,
             message.data_ptr(),
             self._step_address(),
-            *(int(word) for word in (key.words if is_stratified else key.words[:2])),
+            *(int(word) for word in (key.words if is_stratified or self._rotates else key.words[:2])),
+            *(self._rotation_words(context)),
             context.counter & _MASK32,
         )
         name = "encode_stratified" if is_stratified else "encode"
-        self._runtime.launch(name, self._blocks(0), 4 * self._host_tables.rounding.size, arguments)
+        name = "encode_rotated" if self._rotates else name
+        self._runtime.launch(name, self._blocks(0), self._shared_bytes(self._host_tables.rounding.size), arguments)
         return message
 
     def decode_mean(
@@ -252,13 +255,13 @@ class DeviceCodec(Codec):
 
         Args:
             messages: contiguous uint8 tensors [message_bytes] on the device, 16-byte aligned, one per sender.
-            contexts: what each message must be; seed and rank are not needed to decode.
+            contexts: what each message must be; the rank is not needed to decode, the seed only to rotate back.
             out: contiguous 1-D tensors with the slices' dtypes and lengths to write into; new ones by default.
             scale: factor of the sum; by default 1 / number of messages.
 
         Raises:
             WireError: when an earlier call met a damaged or unexpected message.
-            PlanError: when messages or `out` do not fit the plan.
+            PlanError: when messages or `out` do not fit the plan, or rotated messages have different rotations.
         """
         self.check()
         if not messages or len(messages) != len(contexts):
@@ -270,6 +273,8 @@ class DeviceCodec(Codec):
         if not self._results.holds(out):
             self._check_tensors(out)
             self._results.put(out, self._host_tables.indices)
+        if self._rotates:
+            common_rotation(contexts)
         self._place_senders(messages, contexts)
         assert self._senders is not None
         arguments = (
@@ -278,12 +283,14 @@ class DeviceCodec(Codec):
             len(messages),
             self._results.address,
             self._step_address(),
+            *(self._rotation_words(contexts[0])),
             contexts[0].counter & _MASK32,
             float(np.float32(1.0 / len(messages) if scale is None else scale)),
             self._pieces,
         )
-        shared_bytes = 4 * self._host_tables.levels.size
-        self._runtime.launch("decode_mean", self._blocks(self._pieces * len(messages)), shared_bytes, arguments)
+        shared_bytes = self._shared_bytes(self._host_tables.levels.size)
+        name = "decode_mean_rotated" if self._rotates else "decode_mean"
+        self._runtime.launch(name, self._blocks(self._pieces * len(messages)), shared_bytes, arguments)
         return list(out)
 
     def check(self) -> None:
@@ -327,7 +334,8 @@ class DeviceCodec(Codec):
 
     def stage(self, context: MessageContext) -> None:
         """Give the context's key and counter to the calls of a CUDA graph that will be replayed next."""
-        step = np.array([(*context.key().words, context.counter & _MASK32, 0)], dtype=STEP)
+        rotation = context.rotation_key().words
+        step = np.array([(*context.key().words, context.counter & _MASK32, *rotation, 0)], dtype=STEP)
         self._runtime.upload(step, self._step)
 
     def _describe_plan(self, totals: int) -> npt.NDArray[np.void]:
@@ -338,8 +346,15 @@ class DeviceCodec(Codec):
         record["totals"] = totals
         record["segment_count"], record["units"] = len(tables.indices), tables.units
         record["rounding_floats"], record["level_floats"] = tables.rounding.size, tables.levels.size
-        record["payload_bytes"] = self.plan.payload_bytes
+        record["payload_bytes"], record["rotated"] = self.plan.payload_bytes, tables.rotated
         return record
+
+    def _rotation_words(self, context: MessageContext) -> tuple[int, ...]:
+        """Arguments of the kernels that rotate; none for the others."""
+        return tuple(int(word) for word in context.rotation_key().words) if self._rotates else ()
+
+    def _shared_bytes(self, table_floats: int) -> int:
+        return 4 * (table_floats + self._host_tables.rotated * WARPS)
 
     def _header(self, context: MessageContext) -> torch.Tensor:
         """The header of a context without counter and checksum, on the device."""

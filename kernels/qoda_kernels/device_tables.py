@@ -18,6 +18,7 @@ from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Segment
 from qoda_kernels.reference import rounding_table, signed_levels
 
 EXACT_UNIT = 1024
+WARPS = 8  # of a block
 MAX_UNITS = 2**31
 SHARED_FLOATS = 48 * 1024 // 4 - 128  # what a block may have without asking, less what the kernels use themselves
 
@@ -44,6 +45,10 @@ SEGMENT = np.dtype(
         ("levels", "<u4"),  # likewise, of the table of signed levels
         ("codebook", "<u4"),  # number of the codebook, for statistics
         ("clip", "<f4"),  # in place of every norm; 0 for codebooks that do not clip
+        ("rotates", "<u4"),
+        ("spread", "<f4"),  # of codebooks that round to nearest; else 0
+        ("magnitudes", "<u4"),  # first float of their levels in the rounding table
+        ("unused", "<u4"),
     ]
 )
 PLAN = np.dtype(
@@ -59,7 +64,7 @@ PLAN = np.dtype(
         ("rounding_floats", "<u4"),
         ("level_floats", "<u4"),
         ("payload_bytes", "<u4"),
-        ("unused", "<u4"),
+        ("rotated", "<u4"),  # `PlanTables.rotated`
     ]
 )
 WORKSPACE = np.dtype([("total", "<u8"), ("finished_blocks", "<u4"), ("unused", "<u4")])
@@ -84,6 +89,8 @@ STEP = np.dtype(
         ("position", "<u4"),
         ("strata", "<u4"),
         ("counter", "<u4"),
+        ("rotation_first", "<u4"),  # `RotationKey.words`
+        ("rotation_second", "<u4"),
         ("unused", "<u4"),
     ]
 )
@@ -99,10 +106,12 @@ class PlanTables:
         segments: SEGMENT [n], of the segments that are not empty.
         indices: their numbers in the plan.
         rounding: float32; per codebook nothing ("uniform"), slopes and intercepts ("minimum"), or levels, slopes and
-            intercepts ("search").
+            intercepts ("search"); where rounding is to nearest, then its levels.
         levels: float32; per codebook its signed levels.
         units: number of units.
         codebooks: keys of the quantizing codebooks, in the order of their numbers.
+        rotated: largest bucket size of codebooks that rotate, 0 without any: each warp has so many floats of shared
+            memory behind the table.
     """
 
     segments: npt.NDArray[np.void]
@@ -111,6 +120,7 @@ class PlanTables:
     levels: npt.NDArray[np.float32]
     units: int
     codebooks: tuple[str, ...]
+    rotated: int
 
     @classmethod
     def build(cls, plan: MessagePlan, codebooks: Mapping[str, Codebook]) -> "PlanTables":
@@ -124,11 +134,8 @@ class PlanTables:
         rounding: list[npt.NDArray[np.float32]] = []
         levels: list[npt.NDArray[np.float32]] = []
         places: dict[str, tuple[int, int, int, int]] = {}
+        magnitudes: dict[str, int] = {}
         for number, key in enumerate(keys):
-            if codebooks[key].rotation != "none":
-                raise PlanError(
-                    f"codebook {key!r} rotates, which CUDA devices cannot do yet: move gradients to the CPU"
-                )
             table = rounding_table(codebooks[key])
             parts = {
                 "uniform": [],
@@ -137,12 +144,18 @@ class PlanTables:
             }[table.method]
             places[key] = (METHODS[table.method], _floats(rounding), _floats(levels), number)
             rounding += parts
+            if codebooks[key].rounding == "nearest":
+                magnitudes[key] = _floats(rounding)
+                rounding.append(np.array(codebooks[key].levels, dtype=np.float32))
             levels.append(signed_levels(codebooks[key]))
-        needed = max(_floats(rounding), _floats(levels))
+        rotated = max(
+            (books.bucket_size for books in map(codebooks.__getitem__, keys) if books.rotation != "none"), default=0
+        )
+        needed = max(_floats(rounding), _floats(levels)) + rotated * WARPS
         if needed > SHARED_FLOATS:
             raise PlanError(
                 f"the {len(keys)} codebooks need {4 * needed} bytes of shared memory, {4 * SHARED_FLOATS} are there; "
-                "use fewer layer types or fewer bits in one message"
+                "use fewer layer types, fewer bits, or smaller rotated buckets in one message"
             )
         indices = tuple(index for index, segment in enumerate(plan.segments) if segment.slice.length)
         records = np.zeros(len(indices), dtype=SEGMENT)
@@ -150,9 +163,10 @@ class PlanTables:
         for record, index in zip(records, indices, strict=True):
             segment = plan.segments[index]
             units += _fill(record, segment, units, codebooks[segment.slice.codebook], places)
+            record["magnitudes"] = magnitudes.get(segment.slice.codebook, 0)
         if units > MAX_UNITS:
             raise PlanError(f"a plan of {units} buckets is too large ({MAX_UNITS} at most); use larger buckets")
-        return cls(records, indices, _joined(rounding), _joined(levels), units, keys)
+        return cls(records, indices, _joined(rounding), _joined(levels), units, keys, rotated)
 
 
 def _fill(
@@ -174,6 +188,7 @@ def _fill(
     record["norm_bytes"] = segment.format.norm_bytes
     record["is_l2"] = codebook.norm == "l2"
     record["clip"] = codebook.clip
+    record["rotates"], record["spread"] = codebook.rotation != "none", codebook.spread
     record["method"], record["rounding"], record["levels"], record["codebook"] = places[part.codebook]
     return segment.buckets
 

@@ -15,7 +15,7 @@ from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Slice
 from qoda_kernels.statistics import HistogramStatistics
 from qoda_kernels.wire import MessageContext
 from tests.kernels.codebooks import DTYPES as DTYPES
-from tests.kernels.codebooks import codebook_for, context
+from tests.kernels.codebooks import codebook_for, context, rotated_codebook
 from tests.kernels.reference_codec import ReferenceCodec
 from tests.kernels.test_kernels_equal_reference import gradient
 
@@ -128,6 +128,22 @@ def check_stratified(device: Device, bits: int, method: str, strata: int) -> Non
     }
     parts = [(key, length, dtype) for key in codebooks for length, dtype in ((1543, DTYPES[0]), (300, DTYPES[2]))]
     check_against_codec(device, parts, codebooks, coordinate=2**32 - 1000, senders=2, strata=strata)
+
+
+def check_rotated(device: Device, rounding: str, bits: int, bucket_size: int, strata: int = 1) -> None:
+    """Rotated buckets with all dtypes, norm formats and tails, between others that are not rotated."""
+    codebooks = {
+        f"{bucket_size}{norm_format}": rotated_codebook(rounding, bits, bucket_size, norm_format)
+        for norm_format in ("fp32", "bf16")
+    }
+    codebooks["plain"] = codebook_for("minimum", 5, norm="l2")
+    lengths = (1, 3 * bucket_size - 1, 0, bucket_size, bucket_size + 300)
+    parts = [
+        (key, length, DTYPES[(index + number) % 3])
+        for index, key in enumerate(codebooks)
+        for number, length in enumerate(lengths)
+    ]
+    check_against_codec(device, parts, codebooks, coordinate=2**32 - 1500, senders=2, strata=strata)
 
 
 def check_exact_segments(device: Device) -> None:

@@ -229,7 +229,7 @@ class _Run:
         while True:
             instruction = self.program.instructions[position]
             name = instruction.operation
-            if name.startswith(("bar.sync", "shfl.sync")):
+            if name.startswith(("bar.sync", "bar.warp.sync", "shfl.sync")):
                 self._meet(instruction, position, active)
                 return
             if name.startswith("bra") or name == "ret":
@@ -251,15 +251,17 @@ class _Run:
 
     def _meet(self, instruction: Instruction, position: int, active: Array) -> None:
         """Let threads wait; go on with the warps (of a shuffle) or blocks (of a barrier) that are complete."""
-        group = 32 if instruction.operation.startswith("shfl") else self.block_threads
+        group = self.block_threads if instruction.operation.startswith("bar.sync") else 32
         self.position[active] = position
         self.waiting[active] = True
         there = (self.waiting & (self.position == position)).reshape(-1, group).all(axis=1)
         arrived = np.flatnonzero(np.repeat(there, group))
         if not arrived.size:
             return
-        if group == 32:
+        if instruction.operation.startswith("shfl"):
             self._shuffle(instruction, arrived)
+        elif group == 32 and np.any(self._read(instruction.operands[0], "u32", arrived) != 0xFFFFFFFF):
+            raise PtxError("a barrier of a warp must be of all lanes")
         self.waiting[arrived] = False
         self.position[arrived] = position + 1
 
@@ -498,6 +500,7 @@ _ARITHMETIC: dict[str, Callable[..., Array]] = {
     "add.f": np.add,
     "add.rn.f": np.add,
     "sub.f": np.subtract,
+    "sub.rn.f": np.subtract,
     "mul.f": np.multiply,
     "mul.rn.f": np.multiply,
     "fma.rn.f": fused_multiply_add,

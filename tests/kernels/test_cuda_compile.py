@@ -25,7 +25,15 @@ from tests.kernels.ptx_machine import Machine, Memory, Program, PtxError
 
 CAPABILITIES: tuple[Capability, ...] = ((8, 0), (9, 0))
 # 64 otherwise: four blocks a multiprocessor, else three.
-REGISTERS = {("encode", (8, 0)): 72, ("encode_stratified", (8, 0)): 80, ("encode_stratified", (9, 0)): 72}
+REGISTERS = {
+    ("encode", (8, 0)): 72,
+    ("encode_stratified", (8, 0)): 80,
+    ("encode_stratified", (9, 0)): 72,
+    ("encode_rotated", (8, 0)): 112,  # two blocks
+    ("encode_rotated", (9, 0)): 96,
+    ("decode_mean_rotated", (8, 0)): 80,
+    ("decode_mean_rotated", (9, 0)): 80,
+}
 VARIANTS = [(bits, method) for bits in range(2, 9) for method in methods_of(bits)]
 
 
@@ -84,6 +92,22 @@ def test_stratified_random_numbers_equal_the_cpu(bits: int, method: str, strata:
     device = PtxDevice(1)
     checks.check_stratified(device, bits, method, strata)
     assert device.runtime.launches.count("encode_stratified") == 4
+
+
+@pytest.mark.parametrize(
+    ("rounding", "bits", "bucket_size", "strata"),
+    [
+        ("nearest", 4, 512, 1),
+        ("nearest", 2, 128, 3),
+        ("nearest, uniform", 6, 256, 1),
+        ("stochastic", 5, 512, 1),
+        ("stochastic", 3, 1024, 3),
+    ],
+)
+def test_rotated_buckets_equal_the_cpu(rounding: str, bits: int, bucket_size: int, strata: int) -> None:
+    device = PtxDevice(1)
+    checks.check_rotated(device, rounding, bits, bucket_size, strata)
+    assert device.runtime.launches == (["encode_rotated"] * 2 + ["decode_mean_rotated"]) * 2
 
 
 def test_exact_segments_equal_the_cpu() -> None:
