@@ -6,11 +6,16 @@ measured. Parameters that travel exact by default (biases, norms, small ones) ar
 messages are made and decoded by the real codec, headers and padding counted; the others' bits are those of their codes
 and scales. Errors are |Q(v) - v|^2 / |v|^2 of one worker, and of the mean over all workers.
 
-Methods: ours (names begin with "ours-"): levels of least variance per layer type ("ours-adaptive"), the same with
-Huffman-coded messages ("ours-adaptive-coded") or with planned bits per layer ("ours-auto", budget: the bytes of equal
-bits), and the schemes that clip ("ours-tuq", ...). QSGD (uniform levels, buckets of 512, maximum norm), NUQSGD
-(exponential levels, L2 norm), ALQ's procedure (levels of least variance from truncated normals, one codebook for all
-layers, buckets of 8192, L2 norm). The rest is described in `launch/bench/rival_quantizers.py`.
+Methods: ours (names begin with "ours-"): levels of least variance per layer type ("ours-adaptive", QODA's), the same
+with Huffman-coded messages ("-coded"), with the workers' random numbers stratified ("-stratified"), or with planned
+bits per layer ("ours-auto", budget: the bytes of equal bits); and the schemes that clip ("ours-tuq", ...). QSGD
+(uniform levels, buckets of 512, maximum norm), NUQSGD (exponential levels, L2 norm), ALQ's procedure (levels of least
+variance from truncated normals, one codebook for all layers, buckets of 8192, L2 norm). The rest is described in
+`launch/bench/rival_quantizers.py`.
+
+The summary compares at each width, of one worker and of the mean over the workers: our best method with fixed-length
+codes and with entropy coding, the best of the papers that this project follows (QSGD, NUQSGD, ALQ and QODA's levels,
+TUQ, TNQ, TBQ; fixed length), and the best of all others.
 """
 
 import argparse
@@ -44,7 +49,8 @@ Float32Array = npt.NDArray[np.float32]
 Worker = dict[str, Float32Array]
 BITS = tuple(range(2, 9))
 MOMENTS = ("early", "middle", "late")
-_PLANNED_BITS = (3, 4, 5, 6)
+PAPERS = ("QSGD", "NUQSGD", "ALQ", "ours-adaptive", "ours-tuq", "ours-tnq", "ours-tbq")
+_KINDS = {"normalised_error": "one worker", "mean_error": "mean"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(gradients: Gradients, seed: int) -> list[Measurement]:
     """All methods on one set of gradients."""
     shapes = [(name, torch.zeros(values.size)) for name, values in gradients.now[0].items()]
-    rules = tuple(LayerRule(name=_literal(name), as_type=kind) for name, kind in gradients.layer_types.items())
+    rules = tuple(LayerRule(name=literal(name), as_type=kind) for name, kind in gradients.layer_types.items())
     plain = CodebookRegistry.build(shapes, rules=rules)
     kept = [name for name, entry in plain.parameters.items() if not plain.codebooks[entry.codebook].is_exact]
     rows = []
@@ -115,8 +121,8 @@ def measure(gradients: Gradients, seed: int) -> list[Measurement]:
                 decoded.append({name: part[0] for name, part in zip(kept, parts, strict=True)})
                 sent += sum(part[1] for part in parts)
             rows.append(_row(gradients, method, kept, decoded, sent))
-    types = tuple(LayerRule(name=_literal(name), as_type=gradients.layer_types[name]) for name in kept)
-    one = tuple(LayerRule(name=_literal(name), as_type="everything") for name in kept)
+    types = tuple(LayerRule(name=literal(name), as_type=gradients.layer_types[name]) for name in kept)
+    one = tuple(LayerRule(name=literal(name), as_type="everything") for name in kept)
     narrowed = [(name, torch.zeros(gradients.now[0][name].size)) for name in kept]
     for bits in BITS:
         for method, (settings, planning) in _codecs_methods(bits).items():
@@ -124,12 +130,15 @@ def measure(gradients: Gradients, seed: int) -> list[Measurement]:
             registry = CodebookRegistry.build(
                 narrowed, settings, rules, per_layer=planning is not None, planning=planning
             )
-            registry, statistics = _learnt(registry, gradients.before, method == "ALQ")
-            decoded, sent = _through_the_codec(registry, None, gradients.now, kept, seed)
+            registry, statistics = learn(registry, gradients.before, method == "ALQ")
+            decoded, sent = through_the_codec(registry, None, gradients.now, kept, seed)
             rows.append(_row(gradients, method, kept, decoded, sent))
             if method in ("ours-adaptive", "ours-auto"):
-                decoded, sent = _through_the_codec(registry, statistics, gradients.now, kept, seed)
+                decoded, sent = through_the_codec(registry, statistics, gradients.now, kept, seed)
                 rows.append(_row(gradients, f"{method}-coded", kept, decoded, sent))
+                for suffix, used in (("", None), ("-coded", statistics)):
+                    decoded, sent = through_the_codec(registry, used, gradients.now, kept, seed, is_stratified=True)
+                    rows.append(_row(gradients, f"{method}-stratified{suffix}", kept, decoded, sent))
         bound = 2.0 ** (-2 * bits)
         rows.append(Measurement(gradients.name, bits, "Gaussian bound", bound, bound, 1))
     return rows
@@ -146,12 +155,12 @@ def _codecs_methods(bits: int) -> dict[str, tuple[LayerSettings, BitPlanning | N
     }
     for scheme in ("tuq", "tnq", "tbq", "laplace"):
         methods[f"ours-{scheme}"] = (LayerSettings(bits, levels=scheme), None)
-    if bits in _PLANNED_BITS:
+    if bits < max(BITS):  # at the largest width nothing is left to plan
         methods["ours-auto"] = (LayerSettings(bits, min_bits=2, max_bits=8), BitPlanning("bytes", bits))
     return methods
 
 
-def _learnt(
+def learn(
     registry: CodebookRegistry, before: Sequence[Worker], from_normals: bool
 ) -> tuple[CodebookRegistry, dict[str, Any]]:
     """The registry after an update from the workers' gradients of the step before, and the statistics."""
@@ -168,14 +177,24 @@ def _learnt(
     return (registry.updated(statistics) if statistics else registry), statistics
 
 
-def _through_the_codec(
+def through_the_codec(
     registry: CodebookRegistry,
     statistics: Mapping[str, Any] | None,
     now: Sequence[Worker],
     kept: Sequence[str],
     seed: int,
+    is_stratified: bool = False,
 ) -> tuple[list[Worker], float]:
-    """What each worker's message decodes to, and the bits of all messages."""
+    """What each worker's message decodes to, and the bits of all messages.
+
+    Args:
+        registry: of the parameters `kept`.
+        statistics: from which it has learnt, for entropy-coded messages; None for fixed length.
+        now: each worker's gradients.
+        kept: the parameters to quantize.
+        seed: of random rounding.
+        is_stratified: whether the workers' random numbers are stratified.
+    """
     slices = [
         Slice(name, 0, entry.numel, torch.float32, entry.codebook, entry.offset)
         for name, entry in registry.parameters.items()
@@ -191,7 +210,7 @@ def _through_the_codec(
         coder = MessageCoder(plan, entropy.main_protocol(weights))
     decoded, sent = [], 0.0
     for rank, worker in enumerate(now):
-        context = MessageContext(seed, 1, rank, 0, registry.version, rank, 0)
+        context = MessageContext(seed, 1, rank, 0, registry.version, rank, 0, len(now) if is_stratified else 1)
         message = codec.encode([torch.from_numpy(worker[name]) for name in kept], context)
         values = codec.decode_mean([message], [context])
         decoded.append({name: value.numpy() for name, value in zip(kept, values, strict=True)})
@@ -203,9 +222,17 @@ def _through_the_codec(
 
 
 def _row(gradients: Gradients, method: str, kept: Sequence[str], decoded: Sequence[Worker], sent: float) -> Measurement:
-    size = len(gradients.now)
+    error, power, mean_error, mean_power = squared_errors(gradients, kept, decoded)
+    numel = sum(worker[name].size for worker in gradients.now for name in kept)
+    mean = mean_error / mean_power
+    return Measurement(gradients.name, sent / numel, method, error / power, mean, len(gradients.now))
+
+
+def squared_errors(
+    gradients: Gradients, kept: Sequence[str], decoded: Sequence[Worker]
+) -> tuple[float, float, float, float]:
+    """Squared error and squared norm of all workers' gradients together; and the same two of the workers' mean."""
     error = power = mean_error = mean_power = 0.0
-    numel = 0
     for name in kept:
         exact = np.stack([worker[name] for worker in gradients.now]).astype(np.float64)
         found = np.stack([worker[name] for worker in decoded]).astype(np.float64)
@@ -213,28 +240,48 @@ def _row(gradients: Gradients, method: str, kept: Sequence[str], decoded: Sequen
         power += float((exact**2).sum())
         mean_error += float(((found.mean(axis=0) - exact.mean(axis=0)) ** 2).sum())
         mean_power += float((exact.mean(axis=0) ** 2).sum())
-        numel += exact.size
-    return Measurement(gradients.name, sent / numel, method, error / power, mean_error / mean_power, size)
+    return error, power, mean_error, mean_power
 
 
 def summary(rows: Sequence[Measurement]) -> str:
-    """At each width, our best method against the best other one, by log-linear interpolation over bits on the wire."""
-    lines = []
+    """At each width our best methods against the papers' and against all others; see the file's docstring.
+
+    Errors between two widths are interpolated: their logarithms, linearly over bits on the wire.
+    """
+    lines = [
+        f"{'gradients':30s} bits      error   ours          relative to papers, others; with entropy coding           "
+        "relative to papers, others"
+    ]
     for name in dict.fromkeys(row.gradients for row in rows):
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            if row.gradients == name and row.method != "Gaussian bound":
-                curves.setdefault(row.method, []).append((row.bits_on_wire, row.normalised_error))
+        of_set = [row for row in rows if row.gradients == name and row.method != "Gaussian bound"]
         for bits in BITS:
-            at = {method: error_at(points, bits + 0.1) for method, points in curves.items()}
-            known = {method: error for method, error in at.items() if error is not None}
-            ours = min((pair for pair in known.items() if pair[0].startswith("ours-")), key=lambda p: p[1])
-            other = min((pair for pair in known.items() if not pair[0].startswith("ours-")), key=lambda p: p[1])
-            lines.append(
-                f"{name:32s} {bits}.1 bits: {ours[0]} {ours[1]:.3g}, {other[0]} {other[1]:.3g}, "
-                f"ratio {ours[1] / other[1]:.2f}"
-            )
+            for kind in ("normalised_error", "mean_error"):
+                line = _compared(of_set, bits, kind)
+                if line:
+                    lines.append(f"{name:30s} {bits}.1 {_KINDS[kind]:>10s}   {line}")
     return "\n".join(lines)
+
+
+def _compared(rows: Sequence[Measurement], bits: int, kind: str) -> str:
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        curves.setdefault(row.method, []).append((row.bits_on_wire, getattr(row, kind)))
+    at = {method: error_at(points, bits + 0.1) for method, points in curves.items()}
+    known = {method: error for method, error in at.items() if error is not None and np.isfinite(error)}
+    papers = min((known[method] for method in PAPERS if method in known), default=None)
+    others = {method: error for method, error in known.items() if not method.startswith("ours-")}
+    words = []
+    for is_coded in (False, True):
+        ours = {m: e for m, e in known.items() if m.startswith("ours-") and m.endswith("-coded") == is_coded}
+        if papers is None or not ours or not others:
+            return ""
+        best = min(ours, key=lambda method: ours[method])
+        other = min(others, key=lambda method: others[method])
+        words.append(
+            f"{best.removeprefix('ours-'):26s} {ours[best]:.3g} "
+            f"{ours[best] / papers:5.2f} {ours[best] / others[other]:5.2f} ({other})"
+        )
+    return "; ".join(words)
 
 
 def error_at(points: Sequence[tuple[float, float]], bits: float) -> float | None:
@@ -247,16 +294,22 @@ def error_at(points: Sequence[tuple[float, float]], bits: float) -> float | None
     return float(np.exp(np.interp(bits, [p[0] for p in known], np.log([p[1] for p in known]))))
 
 
-def _all_gradients(options: argparse.Namespace) -> Iterator[Gradients]:
-    for path in sorted(options.recordings.glob("*.npz")) if options.recordings else ():
+def all_gradients(recordings: Path, only: str | None = None) -> Iterator[Gradients]:
+    """Recorded gradients of a directory: all, or those of one network, or of one network and moment."""
+    for path in sorted(recordings.glob("*.npz")):
         with np.load(path) as file:
             arrays = {key: file[key] for key in file.files if key != "layer_types"}
             types = json.loads(str(file["layer_types"]))
         for moment in MOMENTS:
             name = f"{path.stem}, {moment}"
-            if options.only in (None, name, path.stem):
+            if only in (None, name, path.stem):
                 steps = [_workers(arrays, f"{moment}/{shift}") for shift in (-1, 0)]
                 yield Gradients(name, types, steps[0], steps[1])
+
+
+def _all_gradients(options: argparse.Namespace) -> Iterator[Gradients]:
+    if options.recordings is not None:
+        yield from all_gradients(options.recordings, options.only)
     if options.only in (None, "synthetic"):
         for kind in ("Gaussian", "Laplace", "Student t3"):
             yield synthetic(kind, options.workers, options.size, options.seed)
@@ -293,7 +346,7 @@ def _rounded(row: Measurement) -> dict[str, Any]:
     return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in asdict(row).items()}
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
     """Shell pattern for this name alone."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 

@@ -14,7 +14,7 @@ from hvd_qoda.exchange import exchange_by_bytes
 from hvd_qoda.fusion import Gradient, parcels_of
 from hvd_qoda.horovod import MeteredCompressor, QodaCompressor
 from hvd_qoda.telemetry import StepRecord, Telemetry
-from launch.train.options import Options
+from launch.train.options import Options, codebook_settings
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,9 @@ def _compression(options: Options, model: nn.Module, telemetry: Telemetry) -> An
     return Compression.qoda(
         model,
         telemetry=telemetry,
-        bits=options.bits,
+        **codebook_settings(options),
         bucket_size=options.bucket_size,
-        levels=options.levels,
         exchange=options.exchange,
-        dither=options.dither,
         min_numel=options.min_numel,
         measure_error_every=options.measure_error_every,
         fusion_buffer_mb=options.fusion_buffer_mb,

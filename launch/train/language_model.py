@@ -26,7 +26,14 @@ import torch
 from hvd_qoda.errors import QodaError
 from launch.train.data import DataError
 from launch.train.job import STEPS_FILE, SUMMARY_FILE
-from launch.train.options import HelpFormatter, not_negative, positive
+from launch.train.options import (
+    HelpFormatter,
+    add_codebook_options,
+    codebook_settings,
+    not_negative,
+    positive,
+    steps_list,
+)
 from launch.train.summary import write_everywhere
 from launch.train.text import Text, load_text
 from launch.train.transformer import Transformer
@@ -41,7 +48,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--config", type=Path, metavar="PATH", help="DeepSpeed configuration; None: that of the stage")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and gradients")
-    parser.add_argument("--bits", type=int, default=5, help="bits of a gradient's coordinate; 32: DeepSpeed's own path")
+    add_codebook_options(parser.add_argument_group("compression of gradients (--bits 32: DeepSpeed's own path)"))
+    parser.add_argument(
+        "--update-levels-at", type=steps_list, default=(20, 200), metavar="STEPS", help="steps, separated by commas"
+    )
     parser.add_argument("--steps", type=positive, default=200, help="optimizer steps")
     parser.add_argument("--batch-size", type=positive, default=8, help="windows per process and micro-batch")
     parser.add_argument("--accumulate", type=positive, default=1, help="micro-batches per step")
@@ -77,7 +87,8 @@ def ds_configuration(options: argparse.Namespace) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(path.read_text())
     if options.config is None:
         values["optimizer"]["params"]["lr"] = options.learning_rate
-        values["qoda"]["bits"] = options.bits
+        values["qoda"] |= codebook_settings(options)
+        values["qoda"]["update_levels"]["at"] = list(options.update_levels_at)
         values["train_micro_batch_size_per_gpu"] = options.batch_size
         values["gradient_accumulation_steps"] = options.accumulate
         if options.dtype != "fp32":
@@ -182,6 +193,7 @@ def run(options: argparse.Namespace) -> int:
     if compressed:
         traffic = ds_plugin.reducer_of(engine).traffic
         summary["gradient_bytes_per_step"] = traffic.sent_bytes / max(1, engine.global_steps - started_at)
+        summary["bits"] = {key: book.bits for key, book in ds_plugin.reducer_of(engine).registry.codebooks.items()}
     engine.destroy()
     telemetry.close()
     if first:

@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.train.data import DIGITS
 from launch.train.models import SIZES, width_of
+from qoda_kernels.codebook import EXACT_BITS, MAX_BITS, MIN_BITS, ROTATIONS, ROUNDINGS
 from qoda_kernels.registry import LEVEL_SCHEMES
 
 OPTIMIZERS = ("qoda", "qodadam", "sgd", "adam")
@@ -16,6 +17,17 @@ COMPRESSIONS = ("none", "fp16", "qoda")
 ROUTES = ("stock", "overlap")
 EXCHANGES = ("auto", "allgather", "reduce_scatter", "hierarchical", "by_bytes", "off")
 DITHERS = ("independent", "stratified")
+CODEBOOK_OPTIONS = (
+    "bits",
+    "reference_bits",
+    "bits_budget",
+    "codebooks",
+    "levels",
+    "dither",
+    "rotation",
+    "rounding",
+    "error_feedback",
+)
 WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -33,11 +45,17 @@ class Options:
     compression: str
     route: str
     fusion_buffer_mb: float
-    bits: int
+    bits: int | str
+    reference_bits: int
+    bits_budget: str
+    codebooks: str
     bucket_size: int
     levels: str
-    exchange: str
     dither: str
+    rotation: str
+    rounding: str
+    error_feedback: bool
+    exchange: str
     min_numel: int
     update_levels_at: tuple[int, ...]
     update_levels_every: int
@@ -56,10 +74,12 @@ class Options:
         free = {"epochs", "steps", "wandb", "wandb_project", "run_dir", "resume", "checkpoint_every", "json"}
         free |= {"measure_error_every"}
         if self.compression != "qoda":
-            free |= {"bits", "bucket_size", "levels", "exchange", "dither", "min_numel", "fusion_buffer_mb"}
+            free |= {"bucket_size", "exchange", "min_numel", "fusion_buffer_mb"}
+            free |= {"update_levels_at", "update_levels_every", *CODEBOOK_OPTIONS}
+        elif self.levels in ("uniform", "exponential") and self.bits != "auto":
             free |= {"update_levels_at", "update_levels_every"}
-        elif self.levels in ("uniform", "exponential"):
-            free |= {"update_levels_at", "update_levels_every"}
+        if self.bits != "auto":
+            free |= {"reference_bits", "bits_budget"}
         return {key: value for key, value in asdict(self).items() if key not in free}
 
     def as_json(self) -> dict[str, Any]:
@@ -94,6 +114,61 @@ def steps_list(text: str) -> tuple[int, ...]:
     if any(step < 1 for step in steps) or list(steps) != sorted(set(steps)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a rising list of step numbers from 1 on")
     return steps
+
+
+def bits_or_auto(text: str) -> int | str:
+    """A code width from 2 to 8, 32 for no compression, or "auto", for argparse."""
+    if text == "auto":
+        return text
+    bits = int(text)
+    if bits != EXACT_BITS and not MIN_BITS <= bits <= MAX_BITS:
+        raise argparse.ArgumentTypeError(f"{text} is not {MIN_BITS} to {MAX_BITS}, {EXACT_BITS} or auto")
+    return bits
+
+
+def add_codebook_options(parser: argparse._ArgumentGroup) -> None:
+    """How gradients are quantized: CODEBOOK_OPTIONS."""
+    widths = range(MIN_BITS, MAX_BITS + 1)
+    parser.add_argument(
+        "--bits", type=bits_or_auto, default=5, help="bits per coordinate; 32: not compressed; auto: planned by layer"
+    )
+    parser.add_argument(
+        "--reference-bits", type=int, choices=widths, default=5, help="width that --bits auto is measured by"
+    )
+    parser.add_argument(
+        "--bits-budget",
+        choices=("variance", "bytes"),
+        default="variance",
+        help="--bits auto: no more squared error than the reference's, or no more bytes",
+    )
+    parser.add_argument(
+        "--codebooks", choices=("per_type", "per_layer"), default="per_type", help="levels (and bits) of their own"
+    )
+    parser.add_argument("--levels", choices=LEVEL_SCHEMES, default="adaptive", help="quantization levels")
+    parser.add_argument(
+        "--dither", choices=DITHERS, default="independent", help="random rounding of the ranks' gradients"
+    )
+    parser.add_argument("--rotation", choices=ROTATIONS, default="none", help="of buckets, at random")
+    parser.add_argument("--rounding", choices=ROUNDINGS, default="stochastic", help="nearest: rotated buckets only")
+    parser.add_argument(
+        "--error-feedback", action="store_true", help="add what a message leaves out to the next gradient"
+    )
+
+
+def codebook_settings(options: Any) -> dict[str, Any]:
+    """What `add_codebook_options` has read, as keys of the library's configuration."""
+    settings: dict[str, Any] = {
+        "bits": options.bits,
+        "codebooks": options.codebooks,
+        "levels": options.levels,
+        "dither": options.dither,
+        "rotation": options.rotation,
+        "rounding": options.rounding,
+        "error_feedback": options.error_feedback,
+    }
+    if options.bits == "auto":
+        settings["auto_bits"] = {"budget": options.bits_budget, "reference": options.reference_bits}
+    return settings
 
 
 def _model_size(text: str) -> str:
@@ -151,16 +226,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         metavar="MB",
         help="megabytes (2^20 bytes) of gradients in one message (--route overlap)",
     )
-    compression.add_argument("--bits", type=int, choices=range(2, 9), default=5, help="bits per coordinate (qoda)")
+    add_codebook_options(compression)
     compression.add_argument(
         "--bucket-size", type=positive, default=512, help="coordinates that share one norm, a multiple of 128 (qoda)"
     )
-    compression.add_argument("--levels", choices=LEVEL_SCHEMES, default="adaptive", help="quantization levels (qoda)")
     compression.add_argument(
         "--exchange", choices=EXCHANGES, default="auto", help="which collectives carry the messages (qoda)"
-    )
-    compression.add_argument(
-        "--dither", choices=DITHERS, default="independent", help="random rounding of the ranks' gradients (qoda)"
     )
     compression.add_argument(
         "--min-numel",

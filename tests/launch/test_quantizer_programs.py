@@ -77,7 +77,7 @@ def test_a_transformer_is_recorded_and_read_back(tmp_path: Path, monkeypatch: py
     arguments = ["--text", str(tmp_path / "text"), "--out", str(tmp_path), "--workers", "2", "--batch-size", "2"]
     assert record_gradients.main(arguments) == 0
     options = quantizers._parser().parse_args(["--recordings", str(tmp_path), "--only", "text-transformer"])
-    (gradients,) = quantizers._all_gradients(options)
+    (gradients,) = quantizers.all_gradients(options)
     assert gradients.layer_types["embedding.weight"] == "embedding"
     assert len(gradients.now) == len(gradients.before) == 2
     first, second = (gradients.now[rank]["output.weight"] for rank in range(2))
