@@ -429,7 +429,7 @@ class CodebookRegistry:
         errors: dict[str, dict[int, float]] = {}
         for key in keys:
             widths = {*(self.settings[key].widths or ()), self.planning.reference}
-            # The budget is exact; levels of the other widths are good enough to choose by, and the chosen ones improved.
+            # The budget is exact; the other widths' levels are good enough to choose by, and the chosen ones improved.
             found[key] = {
                 bits: self._learnt(key, bits, statistics[key], version, is_draft=bits != self.planning.reference)
                 for bits in sorted(widths)
