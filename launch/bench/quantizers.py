@@ -8,7 +8,9 @@ and scales. Errors are |Q(v) - v|^2 / |v|^2 of one worker, and of the mean over 
 
 Methods: ours (names begin with "ours-"): levels of least variance per layer type ("ours-adaptive", QODA's), the same
 with Huffman-coded messages ("-coded"), with the workers' random numbers stratified ("-stratified"), or with planned
-bits per layer ("ours-auto", budget: the bytes of equal bits); and the schemes that clip ("ours-tuq", ...). QSGD
+bits per layer ("ours-auto", budget: the bytes of equal bits); rotated buckets, rounded at random ("ours-rotation") or
+to nearest with EDEN's scale ("ours-rotation-nearest", with Lloyd's and Max's levels or uniform ones, "-uniform"); the
+least error of these by the statistics ("ours-best"); and the schemes that clip ("ours-tuq", ...). QSGD
 (uniform levels, buckets of 512, maximum norm), NUQSGD (exponential levels, L2 norm), ALQ's procedure (levels of least
 variance from truncated normals, one codebook for all layers, buckets of 8192, L2 norm). The rest is described in
 `launch/bench/rival_quantizers.py`.
@@ -23,7 +25,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,10 @@ import torch
 from launch.bench.rival_quantizers import RIVALS, eden
 from launch.train.options import HelpFormatter, positive
 from qoda_kernels import entropy
+from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
 from qoda_kernels.coded_message import MessageCoder
+from qoda_kernels.gaussian import level_probabilities
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.magnitudes import MagnitudeStatistics
 from qoda_kernels.registry import BitPlanning, CodebookRegistry, LayerRule, LayerSettings
@@ -125,38 +129,58 @@ def measure(gradients: Gradients, seed: int) -> list[Measurement]:
     one = tuple(LayerRule(name=literal(name), as_type="everything") for name in kept)
     narrowed = [(name, torch.zeros(gradients.now[0][name].size)) for name in kept]
     for bits in BITS:
-        for method, (settings, planning) in _codecs_methods(bits).items():
+        for method, codec in _codecs_methods(bits).items():
             rules = one if method == "ALQ" else types
             registry = CodebookRegistry.build(
-                narrowed, settings, rules, per_layer=planning is not None, planning=planning
+                narrowed, codec.settings, rules, per_layer=codec.planning is not None, planning=codec.planning
             )
             registry, statistics = learn(registry, gradients.before, method == "ALQ")
-            decoded, sent = through_the_codec(registry, None, gradients.now, kept, seed)
-            rows.append(_row(gradients, method, kept, decoded, sent))
-            if method in ("ours-adaptive", "ours-auto"):
-                decoded, sent = through_the_codec(registry, statistics, gradients.now, kept, seed)
-                rows.append(_row(gradients, f"{method}-coded", kept, decoded, sent))
-                for suffix, used in (("", None), ("-coded", statistics)):
-                    decoded, sent = through_the_codec(registry, used, gradients.now, kept, seed, is_stratified=True)
-                    rows.append(_row(gradients, f"{method}-stratified{suffix}", kept, decoded, sent))
+            for suffix, is_coded, is_stratified in codec.variants:
+                used = statistics if is_coded else None
+                decoded, sent = through_the_codec(registry, used, gradients.now, kept, seed, is_stratified)
+                rows.append(_row(gradients, method + suffix, kept, decoded, sent))
         bound = 2.0 ** (-2 * bits)
         rows.append(Measurement(gradients.name, bits, "Gaussian bound", bound, bound, 1))
     return rows
 
 
-def _codecs_methods(bits: int) -> dict[str, tuple[LayerSettings, BitPlanning | None]]:
-    """What the codec measures: name -> settings, and how bits are planned."""
-    methods: dict[str, tuple[LayerSettings, BitPlanning | None]] = {
-        "QSGD": (LayerSettings(bits, levels="uniform"), None),
-        "NUQSGD": (LayerSettings(bits, norm="l2", levels="exponential"), None),
-        "ALQ": (LayerSettings(bits, bucket_size=8192, norm="l2"), None),
-        "ours-adaptive": (LayerSettings(bits), None),
-        "ours-adaptive-small-buckets": (LayerSettings(bits, bucket_size=128, norm_format="bf16"), None),
+@dataclass(frozen=True)
+class _Method:
+    """A method that the codec measures: its variants are (suffix of the name, entropy-coded, stratified)."""
+
+    settings: LayerSettings
+    planning: BitPlanning | None = None
+    variants: tuple[tuple[str, bool, bool], ...] = (("", False, False),)
+
+
+_CODED = (("", False, False), ("-coded", True, False))
+_STRATIFIED = (("-stratified", False, True), ("-stratified-coded", True, True))
+
+
+def _codecs_methods(bits: int) -> dict[str, _Method]:
+    """What the codec measures at one width, by name."""
+    nearest = LayerSettings(bits, rotation="hadamard", rounding="nearest")
+    methods = {
+        "QSGD": _Method(LayerSettings(bits, levels="uniform")),
+        "NUQSGD": _Method(LayerSettings(bits, norm="l2", levels="exponential")),
+        "ALQ": _Method(LayerSettings(bits, bucket_size=8192, norm="l2")),
+        "ours-adaptive": _Method(LayerSettings(bits), variants=_CODED + _STRATIFIED),
+        "ours-adaptive-small-buckets": _Method(LayerSettings(bits, bucket_size=128, norm_format="bf16")),
+        "ours-rotation": _Method(LayerSettings(bits, rotation="hadamard"), variants=_STRATIFIED[:1]),
+        "ours-rotation-nearest": _Method(nearest),
+        "ours-rotation-nearest-uniform": _Method(replace(nearest, levels="uniform"), variants=_CODED[1:]),
+        "ours-best": _Method(LayerSettings(bits, levels="best", rounding="nearest")),
     }
     for scheme in ("tuq", "tnq", "tbq", "laplace"):
-        methods[f"ours-{scheme}"] = (LayerSettings(bits, levels=scheme), None)
+        methods[f"ours-{scheme}"] = _Method(LayerSettings(bits, levels=scheme))
     if bits < max(BITS):  # at the largest width nothing is left to plan
-        methods["ours-auto"] = (LayerSettings(bits, min_bits=2, max_bits=8), BitPlanning("bytes", bits))
+        planning, bounds = BitPlanning("bytes", bits), {"min_bits": min(BITS), "max_bits": max(BITS)}
+        methods["ours-auto"] = _Method(LayerSettings(bits, **bounds), planning, _CODED + _STRATIFIED)
+        methods["ours-auto-rotation-nearest"] = _Method(replace(nearest, **bounds), planning)
+        uniform = replace(nearest, levels="uniform", **bounds)
+        methods["ours-auto-rotation-nearest-uniform"] = _Method(uniform, planning, _CODED[1:])
+        best = LayerSettings(bits, levels="best", rounding="nearest", **bounds)
+        methods["ours-auto-best"] = _Method(best, planning)
     return methods
 
 
@@ -204,8 +228,9 @@ def through_the_codec(
     coder = None
     if statistics is not None:
         weights = {
-            key: (registry.codebooks[key].bits, entropy.level_weights(registry.codebooks[key].levels, gathered))
-            for key, gathered in statistics.items()
+            key: (book.bits, _weights(book, statistics.get(key)))
+            for key, book in registry.codebooks.items()
+            if not book.is_exact
         }
         coder = MessageCoder(plan, entropy.main_protocol(weights))
     decoded, sent = [], 0.0
@@ -219,6 +244,13 @@ def through_the_codec(
             size = coder.encode(message.numpy(), np.zeros(coder.maximum_bytes, dtype=np.uint8))
         sent += 8.0 * size
     return decoded, sent
+
+
+def _weights(book: Codebook, statistics: Any) -> tuple[int, ...]:
+    """Of the levels, for their code; those of rotated buckets need no statistics."""
+    if book.rounding == "nearest":
+        return tuple(int(weight) for weight in np.rint(level_probabilities(book) * entropy.WEIGHT_TOTAL))
+    return entropy.level_weights(book.levels, statistics)
 
 
 def _row(gradients: Gradients, method: str, kept: Sequence[str], decoded: Sequence[Worker], sent: float) -> Measurement:
