@@ -11,6 +11,7 @@ their messages are encoded and decoded by the real codec. Methods:
     TUQ, TNQ, TBQ   clipped; alpha by the papers' fixed point, refitted from all clients' magnitudes
     ours-adaptive       levels of least variance in buckets of 512
     ours-stratified     the same, the clients' random numbers stratified
+    ours-rotation       buckets of 512 rotated at random, rounded to nearest, EDEN's scale
     ours-tnq-feedback   TNQ, expected optimum, with error feedback
 
 The papers' s is 2^b - 1 intervals without a point at 0; code words here have a true zero and 2^b - 2 intervals. The
@@ -49,16 +50,17 @@ from qoda_kernels.tails import TailSettings, fit_tail, truncation
 from qoda_kernels.wire import MessageContext
 
 _MEANS = ("accuracy_at_a_third", "last_losses", "relative_error")
-METHODS = ("fp32", "QSGD", "NQSGD", "TUQ", "TNQ", "TBQ", "ours-adaptive", "ours-stratified", "ours-tnq-feedback")
 _UNCLIPPED = {"QSGD": "tuq", "NQSGD": "tnq"}
-_LEVELS = {
-    "ours-adaptive": "adaptive",
-    "ours-stratified": "adaptive",
-    "TUQ": "tuq",
-    "TNQ": "tnq",
-    "TBQ": "tbq",
-    "ours-tnq-feedback": "tnq",
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "TUQ": {"levels": "tuq"},
+    "TNQ": {"levels": "tnq"},
+    "TBQ": {"levels": "tbq"},
+    "ours-adaptive": {"levels": "adaptive"},
+    "ours-stratified": {"levels": "adaptive"},
+    "ours-rotation": {"rotation": "hadamard", "rounding": "nearest"},
+    "ours-tnq-feedback": {"levels": "tnq"},
 }
+METHODS = ("fp32", *_UNCLIPPED, *_SETTINGS)
 _BATCH = 1000
 _LAST = 50  # iterations whose losses are averaged
 
@@ -100,8 +102,8 @@ class Clients:
         self._method = method
         self._options = options
         tails = TailSettings("expected" if method.startswith("ours") else "fixed_point")
-        levels = _LEVELS.get(method, "tuq")
-        self.registry = CodebookRegistry.build(model, LayerSettings(options.bits, levels=levels, tails=tails))
+        settings = _SETTINGS.get(method, {"levels": "tuq"})
+        self.registry = CodebookRegistry.build(model, LayerSettings(options.bits, tails=tails, **settings))
         entries = self.registry.parameters.items()
         self.quantized = [name for name, entry in entries if not self.registry.codebooks[entry.codebook].is_exact]
         self._slices = [
@@ -169,7 +171,7 @@ class Clients:
             gathered[key] = kind.merge_in_order(parts)
         if self._method in _UNCLIPPED:
             self._fits = {key: fit_tail(merged).model for key, merged in gathered.items()}
-        else:
+        elif gathered:
             self.registry = self.registry.updated(gathered)
 
     def _books_of_client(self, own: Mapping[str, torch.Tensor]) -> dict[str, Codebook]:

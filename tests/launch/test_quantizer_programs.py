@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("horovod.torch")
 
-from launch.bench import quantizers, record_gradients, rival_quantizers
+from launch.bench import biased_games, layer_wise, quantizers, record_gradients, rival_quantizers, tail_sensitivity
 from launch.train import heavy_tails
 
 GAUSSIAN = np.random.default_rng(0).standard_normal(16_384).astype(np.float32)
@@ -101,6 +101,58 @@ def test_heavy_tails_runs_once_and_keeps_its_runs(tmp_path: Path, monkeypatch: p
     assert rows[1]["bits"] == 3
     assert 3.0 < rows[1]["bits_on_wire"] < 3.3
     assert heavy_tails.main([*few, "--lr", "0.5"]) == 2
+
+
+def test_layers_of_unlike_scale_gain_from_codebooks_and_bits_of_their_own() -> None:
+    rng = np.random.default_rng(0)
+    steps = [
+        tuple(
+            {
+                "normal": rng.standard_normal(4096).astype(np.float32),
+                "heavy": (0.01 * rng.standard_t(2, 4096)).astype(np.float32),
+            }
+            for _ in range(2)
+        )
+        for _ in range(2)
+    ]
+    types = {"normal": "attention", "heavy": "feed_forward"}
+    row = layer_wise.measure(quantizers.Gradients("made, early", types, steps[0], steps[1]), 4, 0)
+    assert (row.layers, row.layer_types, row.bits) == (2, 2, 4)
+    assert row.types == row.layers_error  # each type is one layer
+    assert row.types <= 1.01 * row.one
+    assert row.auto < 0.7 * row.types
+    assert "made" in layer_wise.summary([row])
+
+
+def test_a_wrong_gamma_costs_more_than_the_fitted_one_and_the_best_alpha_less() -> None:
+    gradients = quantizers.synthetic("Student t3", workers=2, size=40_000, seed=0)
+    rows = list(tail_sensitivity.rows(gradients, 3))
+    error = {(row.scheme, row.optimum, row.variant): row.error for row in rows}
+    assert error["tuq", "best alpha", "fitted"] <= error["tuq", "expected", "fitted"]
+    assert error["tuq", "expected", "gamma x 2"] > 1.05 * error["tuq", "expected", "fitted"]
+    assert error["tnq", "expected", "fitted"] < error["tuq", "expected", "fitted"]
+    assert "Kolmogorov" in tail_sensitivity.summary(rows)
+
+
+def test_games_are_solved_by_exact_vectors_and_need_feedback_for_top_k(tmp_path: Path) -> None:
+    game = biased_games.Game.make(0, 0.05, workers=3)
+    np.testing.assert_allclose(game.shifts.sum(axis=0), 0.0, atol=1e-12)
+    exact = biased_games.play(game, "none", "exact", 200, 0, 4.0)
+    assert exact[0] < 0.2
+    assert exact[0] < biased_games.play(game, "none", "top-k", 200, 0, 4.0)[0]
+    path = tmp_path / "games.json"
+    few = ["--steps", "2", "--seed", "1", "--lr", "1", "--methods", "tnq + feedback", "adaptive", "--json", str(path)]
+    assert biased_games.main(few) == 0
+    assert len(json.loads(path.read_text())["rows"]) == 2 * 3 * 2
+
+
+def test_feedback_sends_later_what_was_left_out() -> None:
+    messages = biased_games.Messages("top-k + feedback", workers=1, seed=0)
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((40, 1, biased_games.DIMENSION))
+    sent = sum(messages.exchange(vector, step) for step, vector in enumerate(vectors))
+    left = messages._residuals
+    np.testing.assert_allclose(sent + left, vectors.sum(axis=0), atol=1e-12)
 
 
 class _Tiny(heavy_tails.nn.Sequential):
