@@ -23,18 +23,16 @@ class Row(Protocol):
 
 _STYLES = {
     "ours-adaptive": ("#d9731a", "-", "o"),
-    "ours-adaptive-small-buckets": ("#d9731a", ":", "o"),
     "ours-adaptive-coded": ("#d9731a", "--", "o"),
-    "ours-adaptive-stratified": ("#f0a868", "-", "o"),
-    "ours-adaptive-stratified-coded": ("#f0a868", "--", "o"),
-    "ours-auto-stratified": ("#d98880", "-", "s"),
-    "ours-auto-stratified-coded": ("#d98880", "--", "s"),
     "ours-auto": ("#b03a2e", "-", "s"),
     "ours-auto-coded": ("#b03a2e", "--", "s"),
-    "ours-tuq": ("#e0b040", "-", "^"),
+    "ours-rotation-stratified": ("#2a9d8f", ":", "^"),
+    "ours-rotation-nearest": ("#2a9d8f", "-", "^"),
+    "ours-auto-rotation-nearest": ("#c2185b", "-", "D"),
+    "ours-auto-rotation-nearest-uniform-coded": ("#c2185b", "--", "D"),
+    "ours-auto-best": ("#7a0f3a", ":", "D"),
+    "ours-tuq": ("#e0b040", "-", "v"),
     "ours-tnq": ("#c49a1a", "-", "v"),
-    "ours-tbq": ("#a98600", "-", "<"),
-    "ours-laplace": ("#8a6d00", "-", ">"),
     "QSGD": ("#33658a", "-", "."),
     "NUQSGD": ("#33658a", ":", "."),
     "ALQ": ("#33658a", "--", "."),
@@ -47,9 +45,10 @@ _SINGLE = ("x", "+", "1", "2", "3", "4", "*", "d")
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """Draw `rows` into the PNG file `path`."""
+    """Draw `rows` into the PNG file `path`; of our methods the main ones."""
     names = list(dict.fromkeys(row.gradients for row in rows))
-    methods = list(dict.fromkeys(row.method for row in rows))
+    known = dict.fromkeys(row.method for row in rows)
+    methods = [method for method in known if method in _STYLES or not method.startswith("ours-")]
     others = [method for method in methods if method not in _STYLES]
     single = {method: ("#222222", "", _SINGLE[index % len(_SINGLE)]) for index, method in enumerate(others)}
     styles = {method: style for method, style in {**_STYLES, **single}.items() if method in methods}
