@@ -26,6 +26,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     rows: list[Measurement] = []
     for gradients in _all_gradients(options):
-        rows += measure(gradients, options.seed)
+        rows += measure(gradients, options.seed, options.methods)
         print(f"measured {gradients.name}", flush=True)
     if options.add_to is not None and options.add_to.exists():
         earlier = [Measurement(**row) for row in json.loads(options.add_to.read_text())]
-        names = {row.gradients for row in rows}
-        rows = [row for row in earlier if row.gradients not in names] + rows
+        new = {(row.gradients, row.method) for row in rows}
+        rows = [row for row in earlier if (row.gradients, row.method) not in new] + rows
+        order = list(dict.fromkeys(row.gradients for row in earlier + rows))
+        rows.sort(key=lambda row: order.index(row.gradients))
     print(summary(rows))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -109,15 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(gradients: Gradients, seed: int) -> list[Measurement]:
-    """All methods on one set of gradients."""
+def measure(gradients: Gradients, seed: int, pattern: str = "*") -> list[Measurement]:
+    """All methods on one set of gradients whose names fit the shell pattern."""
     shapes = [(name, torch.zeros(values.size)) for name, values in gradients.now[0].items()]
     rules = tuple(LayerRule(name=literal(name), as_type=kind) for name, kind in gradients.layer_types.items())
     plain = CodebookRegistry.build(shapes, rules=rules)
     kept = [name for name, entry in plain.parameters.items() if not plain.codebooks[entry.codebook].is_exact]
     rows = []
     for method, (quantizer, widths) in {**RIVALS, "EDEN, common rotation": (eden, BITS)}.items():
-        for bits in widths:
+        for bits in widths if fnmatchcase(method, pattern) else ():
             decoded, sent = [], 0.0
             for rank, worker in enumerate(gradients.now):
                 rng = np.random.default_rng([seed, bits, 0 if "common" in method else rank])
@@ -130,6 +133,8 @@ def measure(gradients: Gradients, seed: int) -> list[Measurement]:
     narrowed = [(name, torch.zeros(gradients.now[0][name].size)) for name in kept]
     for bits in BITS:
         for method, codec in _codecs_methods(bits).items():
+            if not any(fnmatchcase(method + suffix, pattern) for suffix, _, _ in codec.variants):
+                continue
             rules = one if method == "ALQ" else types
             registry = CodebookRegistry.build(
                 narrowed, codec.settings, rules, per_layer=codec.planning is not None, planning=codec.planning
@@ -387,6 +392,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--recordings", type=Path, help="directory with recorded gradients")
     parser.add_argument("--only", help="measure this recording alone, or 'synthetic'")
+    parser.add_argument("--methods", default="*", help="measure only methods whose names fit this shell pattern")
     parser.add_argument("--workers", type=positive, default=4, help="of synthetic gradients")
     parser.add_argument("--size", type=positive, default=200_000, help="of synthetic gradients")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows to this file")
