@@ -36,7 +36,6 @@ if __package__ in (None, ""):  # run as a file: make the project's folder import
 import numpy as np
 import numpy.typing as npt
 import torch
-from qoda_kernels.gaussian import level_probabilities
 
 from launch.bench.rival_quantizers import RIVALS, eden
 from launch.train.options import HelpFormatter, positive
@@ -44,6 +43,7 @@ from qoda_kernels import entropy
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
 from qoda_kernels.coded_message import MessageCoder
+from qoda_kernels.gaussian import level_probabilities
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.magnitudes import MagnitudeStatistics
 from qoda_kernels.registry import BitPlanning, CodebookRegistry, LayerRule, LayerSettings
