@@ -7,6 +7,10 @@ in a slice's last tile are the same for the whole warp.
 NVVM joins a * b + c into one rounding wherever it can. Here every float32 product and sum that counts is written with
 an explicit rounding (`fmul_rn`, `fadd_rn`), and the fused one is written as such (`word32.fused_multiply_add`).
 
+Buckets that are rotated (`rotation.py`) lie in shared memory, one for each warp, from their rotation until they are
+packed or, when messages are decoded, from the sum until it is stored. Kernels of their own do this, so that others need
+no more registers.
+
 Checksum (`wire.py`): the two sums are linear, so each lane adds what its own bytes contribute, in any order. For each
 message there is one 64-bit total; the last block to finish folds it. Totals are zeroed again for the next launch.
 """

@@ -54,6 +54,14 @@ def test_stratified_random_numbers(bits: int, method: str, strata: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rounding", "bits", "bucket_size", "strata"),
+    [("nearest", 4, 512, 1), ("nearest, uniform", 6, 256, 1), ("stochastic", 5, 1024, 3), ("nearest", 2, 128, 1)],
+)
+def test_rotated_buckets(rounding: str, bits: int, bucket_size: int, strata: int) -> None:
+    checks.check_rotated(Gpu(), rounding, bits, bucket_size, strata)
+
+
+@pytest.mark.parametrize(
     "check",
     [
         checks.check_exact_segments,
