@@ -195,11 +195,11 @@ def learn(
     """The registry after an update from the workers' gradients of the step before, and the statistics."""
     statistics: dict[str, Any] = {}
     for key in registry.adaptive_keys:
-        book = registry.codebooks[key]
+        settings = registry.settings[key]  # the norm of "best" codebooks is another one
         kind: Any = TruncatedNormalStatistics if from_normals else HistogramStatistics
-        kind = MagnitudeStatistics if registry.settings[key].clips else kind
+        kind = MagnitudeStatistics if settings.clips else kind
         names = [name for name, entry in registry.parameters.items() if entry.codebook == key]
-        parts = [kind.gather(worker[name], book.bucket_size, book.norm) for worker in before for name in names]
+        parts = [kind.gather(worker[name], settings.bucket_size, settings.norm) for worker in before for name in names]
         merged = kind.merge_in_order(parts)
         if merged.squared_norm > 0.0:
             statistics[key] = merged
