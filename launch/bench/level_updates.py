@@ -5,6 +5,7 @@ Trains the byte Transformer of `launch/train/language_model.py` for a few steps 
 step and to have its gradients; then times what `hvd_qoda.level_updates` does with these. Printed: the share of training
 time at the default schedule, over the first 2,000 steps (two updates) and over each 10,000 after that (one update).
 The exchange of the statistics is not in it: its bytes per update are, to be compared with those of the gradients.
+Times are processor seconds of this process, one thread by default, so other load on the machine hardly disturbs them.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _training_step(model: torch.nn.Module, batch_size: int, steps: int) -> float:
-    """Median seconds of forward, backward and Adam; leaves the last step's gradients in the model."""
+    """Median processor seconds of forward, backward and Adam; leaves the last step's gradients in the model."""
     optimizer = torch.optim.Adam(model.parameters())
 
     def step() -> None:
@@ -114,9 +115,9 @@ def _median(action: Callable[[], None], times: int) -> float:
     action()  # compiles, and fills caches
     seconds = []
     for _ in range(times):
-        begin = time.perf_counter()
+        begin = time.process_time()
         action()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
     return statistics.median(seconds)
 
 
