@@ -22,10 +22,14 @@ _POINTS = 257  # at which the tail of a histogram is read
 def learnt_record(statistics: ExchangedStatistics, codebook: Codebook) -> LearntRecord | None:
     """Histogram and tail index of the statistics that a codebook has just learnt from; None where there is neither.
 
+    Nor for codebooks that rotate: their levels are not for the coordinates that the statistics are of.
+
     The tail index is the maximum-likelihood exponent gamma of p(g) ~ |g|^(-gamma) over the largest tenth. Codebooks
     that clip have it from the gradients' magnitudes. Others normalise every bucket first, which cuts the tail off at
     the norm: theirs shows a trend rather than the gradients' own exponent.
     """
+    if codebook.rotation != "none":
+        return None
     if isinstance(statistics, MagnitudeStatistics):
         if not codebook.clip > 0.0:
             return None
