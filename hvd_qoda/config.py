@@ -257,7 +257,7 @@ class QodaConfig(_Model):
     - `rotation`: "none", or "hadamard": buckets (128, 256, 512 or 1024 coordinates) are rotated at random, the same on
       every rank, before they are quantized: then one codebook suits all gradients. Default "none".
     - `rounding`: "stochastic" (unbiased), or "nearest", for rotated buckets: less error, unbiased only on average over
-      the rotations (EDEN). Default "stochastic".
+      the rotations (EDEN), and not where a bucket has hardly any values but zeros. Default "stochastic".
     - `coding`: "fixed", code words of `bits` bits; the only one in this version.
     - `exchange`: "auto" (measures, and may choose "off"), "allgather" (quantized once), "reduce_scatter" (twice, fewer
       bytes), "hierarchical" (exact inside a host), "by_bytes" (one of the first two, by bytes alone) or "off" (the

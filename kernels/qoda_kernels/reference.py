@@ -255,7 +255,9 @@ def quantize_rotated(
     A bucket is scaled by a power of two, so that nothing overflows, and rotated to x. With stochastic rounding, x is
     quantized like any other bucket, with the norm of x. Rounded to nearest, x is normalised by the last level's
     distance from zero, spread * |x| / sqrt(n), and with the levels q that it is rounded to, the norm word is
-    S = |x|^2 / <x, q>: the mean of S q over all rotations of x is x (EDEN, arXiv 2108.08842).
+    S = |x|^2 / <x, q>: the mean of S q over all rotations of x is x (EDEN, arXiv 2108.08842). Walsh-Hadamard
+    transforms with random signs are not all rotations: a bias remains in buckets with no more than about ten values
+    that are not zero.
     """
     table = rounding_table(codebook)
     levels = np.array(codebook.levels, dtype=np.float32)

@@ -108,6 +108,16 @@ def test_messages_are_unbiased(rounding: str, bits: int, length: int) -> None:
     assert bias < one / 2000 * (1 + 5 * math.sqrt(2 / length)) + 2e-3 * one
 
 
+def test_rounding_to_nearest_is_biased_where_hardly_anything_differs_from_zero() -> None:
+    """What `levels="best"` avoids: rotated, a bucket of two values has four, and the smaller one is rounded away."""
+    values = np.zeros(512, dtype=np.float32)
+    values[0], values[1] = 1.0, 0.05
+    draws = [round_trip(values, rotated_codebook("nearest", 4, 512), counter=number) for number in range(50)]
+    assert abs(np.mean(draws, axis=0)[1]) < 0.01
+    draws = [round_trip(values, rotated_codebook("stochastic", 4, 512), counter=number) for number in range(400)]
+    assert abs(np.mean(draws, axis=0)[1] - 0.05) < 5 * np.std(draws, axis=0)[1] / 20
+
+
 def test_a_random_rounding_is_unbiased_for_one_rotation_too() -> None:
     """One exchange, 2,000 ranks: only the rounding is random."""
     values, codebook = gradient("t3", 512), rotated_codebook("stochastic", 3, 512)
