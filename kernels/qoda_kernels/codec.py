@@ -33,7 +33,8 @@ _KINDS = {
     torch.bfloat16: cpu.BFLOAT16,
     torch.float64: cpu.FLOAT64,
 }
-_SMALLEST_SHARE = 131_072  # coordinates for which another thread is worth its start
+_SMALLEST_SHARE = 65_536  # coordinates that are worth a call of a kernel on their own
+_SHARES_PER_THREAD = 4  # so that a thread that comes late, or is slow, delays the others little
 _SMALLEST_SUMMED_SHARE = 2**19  # bytes of a payload, likewise: sums go at many gigabytes a second
 
 
@@ -176,7 +177,9 @@ class Codec:
     def _shares(self) -> list[list[_Group]]:
         """The plan's segments, grouped, in one share for each thread, or in fewer where they are small."""
         total = sum(length for length, _ in self._wanted)
-        count = max(1, min(self._threads.count, total // _SMALLEST_SHARE))
+        count = 1
+        if self._threads.count > 1:
+            count = max(1, min(self._threads.count * _SHARES_PER_THREAD, total // _SMALLEST_SHARE))
         return [_grouped(self.plan, parts) for parts in _cut(self.plan, count)]
 
     def _encoders(self, is_stratified: bool) -> list[list[_Call]]:

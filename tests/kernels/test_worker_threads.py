@@ -2,6 +2,8 @@
 
 import os
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +72,58 @@ def test_threads_work_in_a_forked_child_and_from_several_threads() -> None:
     for one in callers:
         one.join(timeout=30)
     assert totals == [500] * 4
+
+
+def test_a_slow_range_does_not_keep_the_others_waiting() -> None:
+    threads = WorkerThreads(2)
+    slow, others = threading.Event(), []
+
+    def work(index: int) -> None:
+        if index == 0:
+            assert slow.wait(timeout=20)
+            return
+        others.append(index)
+        if len(others) == 7:
+            slow.set()
+
+    threads.run(work, range(8))
+    assert sorted(others) == list(range(1, 8))
+
+
+def test_many_jobs_in_a_row_and_with_pauses_are_complete_when_they_return() -> None:
+    threads = WorkerThreads(3)
+    for number in range(300):
+        seen: list[int] = []
+        threads.run(seen.append, range(6))
+        assert len(seen) == 6
+        if number % 50 == 0:
+            time.sleep(0.002)
+
+
+def test_helpers_end_with_their_owner() -> None:
+    threads = WorkerThreads(2)
+    before = threading.active_count()
+    threads.run(lambda _: time.sleep(0.01), range(2))
+    assert threading.active_count() == before + 1
+    del threads
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, float("inf")),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, float("inf")),
+        ({}, float("inf")),
+    ],
+)
+def test_the_quota_of_a_control_group_counts(files: dict[str, str], wanted: float, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert worker_threads._processor_quota(tmp_path) == wanted
 
 
 @pytest.mark.parametrize(
