@@ -203,12 +203,13 @@ class Tails(_Model):
     """How codebooks that clip are fitted to the gradients: the levels "tuq", "tnq", "tbq" and "laplace".
 
     - `optimum`: how the clip value is chosen: "fixed_point" (as in the TQSGD papers), "bound" (least worst-case
-      rounding and clipping error) or "expected" (least average error). Default "expected".
+      rounding and clipping error), "expected" (least average error), all three of the fitted density, or "measured"
+      (least error of the gathered magnitudes themselves). Default "measured".
     - `gmin`: where the power-law tail begins, "quantile" or "kolmogorov_smirnov". Default "quantile".
     - `tail_share`: share of the values that lie beyond gmin, for "quantile". Default 0.1.
     """
 
-    optimum: Literal["fixed_point", "bound", "expected"] = "expected"
+    optimum: Literal["fixed_point", "bound", "expected", "measured"] = "measured"
     gmin: Literal["quantile", "kolmogorov_smirnov"] = "quantile"
     tail_share: Annotated[float, Field(gt=0.0, lt=0.5)] = TAIL_SHARE
 

@@ -26,6 +26,10 @@ interval; its average is Delta^2/6. So alpha can be chosen in three ways (`Optim
   Laplace density 3 b ln(1 + sqrt(6) s / 9).
 - "expected": the same with Delta^2/6, which is s^2 -> 1.5 s^2; for the Laplace density 3 b ln(1 + s/3).
 
+Where statistics of the magnitudes are at hand, there is a fourth: "measured", the alpha of least squared error of these
+very magnitudes, by search, with the power law's levels or the Laplace density's, whichever are better. No model's tail
+is trusted with alpha then; models only shape the levels.
+
 The papers' s is 2^bits - 1, without a point at 0. The code words here have a true zero, so s = 2^bits - 2, of which
 2^(bits-1) - 1 lie on either side.
 
@@ -37,7 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -51,6 +55,7 @@ from qoda_kernels.magnitudes import EDGES, MagnitudeStatistics
 
 Scheme = Literal["tuq", "tnq", "tbq", "laplace"]
 Optimum = Literal["fixed_point", "bound", "expected"]
+LearntOptimum = Literal["fixed_point", "bound", "expected", "measured"]
 GminRule = Literal["quantile", "kolmogorov_smirnov"]
 TAIL_SCHEMES: tuple[str, ...] = get_args(Scheme)
 OPTIMA: tuple[str, ...] = get_args(Optimum)
@@ -63,6 +68,8 @@ FEWEST_TAIL_VALUES = 50  # fewer are no evidence of a power law
 
 _THIRD = 1.0 / 3.0
 _FIRST_GRID, _GRID, _ZOOMS = 64, 16, 12  # intervals and rounds of the one-dimensional searches
+_SEARCH_OCTAVES = 12  # below the largest magnitude, in which "measured" looks for alpha
+_SEARCH_GRID, _SEARCH_ZOOMS = 16, 3
 _SMALLEST_RELATIVE_GAP = 2.0**-12  # between levels, as in `levels.py`
 
 
@@ -71,12 +78,13 @@ class TailSettings:
     """How codebooks that clip are fitted.
 
     Attributes:
-        optimum: how alpha is chosen: "fixed_point" (the papers'), "bound" or "expected"; see the file's docstring.
+        optimum: how alpha is chosen: "fixed_point" (the papers'), "bound", "expected" or "measured"; see the file's
+            docstring.
         gmin: where the tail begins: "quantile" or "kolmogorov_smirnov"; see `fit_tail`.
         tail_share: share of the values beyond gmin, for "quantile"; between 0 and 0.5.
     """
 
-    optimum: Optimum = "expected"
+    optimum: LearntOptimum = "measured"
     gmin: GminRule = "quantile"
     tail_share: float = TAIL_SHARE
 
@@ -556,9 +564,33 @@ def learnt_truncation(
     """
     chosen = settings or TailSettings()
     fit = fit_tail(statistics, chosen.gmin, chosen.tail_share)
+    if chosen.optimum == "measured":
+        return _measured_truncation(statistics, fit, scheme, bits), fit
     model = fit.laplace if scheme == "laplace" else fit.model
     found = truncation(model, scheme, bits, chosen.optimum)
     clip = min(max(min(found.clip, statistics.largest), SMALLEST_CLIP), LARGEST_CLIP)
     if clip == found.clip:
         return found, fit
     return truncation(model, scheme, bits, chosen.optimum, clip=clip), fit
+
+
+def _measured_truncation(statistics: MagnitudeStatistics, fit: TailFit, scheme: Scheme, bits: int) -> Truncation:
+    """The best alpha for these magnitudes, found on ever finer grids, and the better model's levels."""
+    models: list[TailModel] = [fit.laplace]
+    if fit.power_law is not None and scheme != "laplace":
+        models.append(fit.power_law)
+    best: tuple[float, Truncation] | None = None
+    for model in models:
+        high = min(max(statistics.largest, SMALLEST_CLIP), LARGEST_CLIP)
+        low = max(high * 2.0**-_SEARCH_OCTAVES, SMALLEST_CLIP)
+        for _ in range(_SEARCH_ZOOMS):
+            shares = np.arange(_SEARCH_GRID + 1) / _SEARCH_GRID
+            grid = (low * exponential(logarithm(high / low) * shares)).tolist()
+            found = [truncation(model, scheme, bits, "expected", clip=clip) for clip in grid]
+            errors = [statistics.squared_error(each.levels, each.clip) / statistics.count for each in found]
+            place = errors.index(min(errors))
+            if best is None or errors[place] < best[0]:
+                best = errors[place], replace(found[place], error=errors[place])
+            low, high = grid[max(place - 1, 0)], grid[min(place + 1, _SEARCH_GRID)]
+    assert best is not None
+    return best[1]

@@ -6,8 +6,9 @@ multiplied by a factor, or gmin is chosen by another rule: a share of the values
 power law is taken everywhere, as in the papers; the library itself takes a Laplace density where the tail is not heavy.
 alpha follows by each of the three optima, and the expected squared error of the step itself is computed from its
 histogram of magnitudes (rounding and clipping; layer types by codebooks of their own). Printed: geometric mean over all
-sets of gradients of that error, divided by that of the default fit; and of the best alpha that a search on the step
-itself finds for levels of the same scheme.
+sets of gradients of that error, divided by that of the fitted power law ("fitted": by that with the optimum
+"expected"); with alpha of the least error of the step before ("measured"); and with the best alpha that a search on the
+step itself finds for levels of the fitted density.
 """
 
 import argparse
@@ -36,7 +37,9 @@ from qoda_kernels.tails import (
     Optimum,
     Scheme,
     TailModel,
+    TailSettings,
     fit_tail,
+    learnt_truncation,
     truncation,
 )
 
@@ -71,6 +74,11 @@ def rows(gradients: Gradients, bits: int) -> Iterator[Row]:
                     for kind, read in before.items()
                 )
                 yield Row(gradients.name, scheme, optimum, variant, bits, error / power)
+        learnt = {
+            kind: learnt_truncation(read, scheme, bits, TailSettings("measured"))[0] for kind, read in before.items()
+        }
+        error = sum(now[kind].squared_error(found.levels, found.clip) for kind, found in learnt.items())
+        yield Row(gradients.name, scheme, "measured", "fitted", bits, error / power)
         best = sum(
             min(_error(now[kind], fit_tail(read).model, scheme, bits, "bound", clip * read.largest) for clip in _CLIPS)
             for kind, read in before.items()
@@ -121,11 +129,13 @@ def _error(
 
 def summary(found: Sequence[Row]) -> str:
     """Geometric means over the sets of gradients, relative to the default fit's with the same optimum."""
-    lines = [f"{'scheme':6s} {'variant':26s} " + " ".join(f"{name:>12s}" for name in (*OPTIMA, "best alpha"))]
+    lines = [
+        f"{'scheme':6s} {'variant':26s} " + " ".join(f"{name:>12s}" for name in (*OPTIMA, "measured", "best alpha"))
+    ]
     for scheme in SCHEMES:
         for variant in _variants():
             cells = []
-            for optimum in (*OPTIMA, "best alpha"):
+            for optimum in (*OPTIMA, "measured", "best alpha"):
                 ratio = _ratio(found, scheme, optimum, variant)
                 cells.append(f"{'':12s}" if ratio is None else f"{ratio:12.3f}")
             lines.append(f"{scheme:6s} {variant:26s} " + " ".join(cells))

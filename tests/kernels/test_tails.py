@@ -13,11 +13,14 @@ from qoda_kernels.errors import CodebookError, WireError
 from qoda_kernels.levels import check_levels, minimum_variance_levels, quantization_variance
 from qoda_kernels.magnitudes import EDGES, MagnitudeStatistics
 from qoda_kernels.tails import (
+    OPTIMA,
     SMALLEST_GAMMA,
     TAIL_SCHEMES,
     Laplace,
     PowerLaw,
+    Scheme,
     TailModel,
+    TailSettings,
     fit_tail,
     learnt_truncation,
     truncation,
@@ -289,6 +292,25 @@ def test_learnt_levels_are_valid_at_every_width(scheme: str) -> None:
         found, _ = learnt_truncation(statistics, scheme, bits)
         check_levels(found.levels, bits)
         assert 0 < found.clip <= statistics.largest
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"), [("power law", "tnq"), ("power law", "tbq"), ("Laplace", "tuq"), ("normal", "tnq")]
+)
+def test_measured_alpha_has_the_least_error_of_the_values_themselves(kind: str, scheme: Scheme) -> None:
+    rng = np.random.default_rng(4)
+    draws = {"power law": power_law_sample(3.6, 20_000, 4), "Laplace": rng.laplace(size=20_000)}
+    values = draws.get(kind, rng.standard_normal(20_000)).astype(np.float32)
+    statistics = MagnitudeStatistics.gather(values)
+    measured, fit = learnt_truncation(statistics, scheme, 3, TailSettings("measured"))
+    error = statistics.squared_error(measured.levels, measured.clip)
+    assert measured.error == pytest.approx(error / statistics.count)
+    for optimum in OPTIMA:
+        found, _ = learnt_truncation(statistics, scheme, 3, TailSettings(optimum))  # type: ignore[arg-type]  # of OPTIMA
+        assert error <= 1.002 * statistics.squared_error(found.levels, found.clip)
+    for clip in np.geomspace(0.02, 1.0, 40) * statistics.largest:
+        other = truncation(fit.model, scheme, 3, "expected", clip=float(clip))
+        assert error <= 1.002 * statistics.squared_error(other.levels, other.clip)
 
 
 def test_impossible_arguments_are_refused() -> None:
