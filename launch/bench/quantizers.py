@@ -55,6 +55,7 @@ Worker = dict[str, Float32Array]
 BITS = tuple(range(2, 9))
 MOMENTS = ("early", "middle", "late")
 PAPERS = ("QSGD", "NUQSGD", "ALQ", "ours-adaptive", "ours-tuq", "ours-tnq", "ours-tbq")
+_SPARE_BITS = 0.1
 _KINDS = {"normalised_error": "one worker", "mean_error": "mean"}
 
 
@@ -310,8 +311,11 @@ def _compared(rows: Sequence[Measurement], bits: int, kind: str) -> str:
     words = []
     for is_coded in (False, True):
         ours = {m: e for m, e in known.items() if m.startswith("ours-") and m.endswith("-coded") == is_coded}
-        if papers is None or not ours or not others:
+        if papers is None or not others:
             return ""
+        if not ours:
+            words.append("nothing of so many bits")
+            continue
         best = min(ours, key=lambda method: ours[method])
         other = min(others, key=lambda method: others[method])
         words.append(
@@ -322,11 +326,14 @@ def _compared(rows: Sequence[Measurement], bits: int, kind: str) -> str:
 
 
 def error_at(points: Sequence[tuple[float, float]], bits: float) -> float | None:
-    """Error at so many bits: interpolated; that of the last point below for a method of one width; None if unknown."""
+    """Error at so many bits, interpolated; None if unknown. A method that ends just below may leave the rest unused.
+
+    For a method of one width it is that of the last point below.
+    """
     known = sorted(points)
     if len(known) == 1:
         return known[0][1] if bits - 1.0 < known[0][0] <= bits + 0.5 else None
-    if not known[0][0] <= bits <= known[-1][0]:
+    if not known[0][0] <= bits <= known[-1][0] + _SPARE_BITS:
         return None
     return float(np.exp(np.interp(bits, [p[0] for p in known], np.log([p[1] for p in known]))))
 
