@@ -276,8 +276,9 @@ class QodaConfig(_Model):
     - `measure_error_every`: steps between measurements of the quantization error, 0 for never. Default 100.
     - `worker_norms`: whether the squared norms that QODA with `sum_over="workers"` needs are exchanged. Default false.
     - `fusion_buffer_mb`: megabytes (2^20 bytes) of gradients that `hvd_qoda.DistributedOptimizer` and
-      `hvd_qoda.ddp` send in one message, more than 0; under Horovod's stock optimizer every parameter has messages of
-      its own. Default 16.
+      `hvd_qoda.ddp` send in one message at most, more than 0 (the former sends a quarter of all gradients in one
+      message if that is between 2 MiB and this, so that backward hides the first ones' way); under Horovod's stock
+      optimizer every parameter has messages of its own. Default 16.
     - `timeout_s`: seconds to wait for other ranks before `ExchangeTimeoutError`. Default 300: a rank may evaluate or
       save a checkpoint between two steps.
 

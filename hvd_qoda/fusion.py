@@ -11,9 +11,11 @@ from qoda_kernels.codebook import Codebook
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.registry import COMPRESSIBLE_DTYPES, CodebookRegistry, ParameterEntry
 
-__all__ = ["Gradient", "Parcels", "fill_buffers", "parcels_of", "split_evenly", "with_groups"]
+__all__ = ["Gradient", "Parcels", "fill_buffers", "overlapping_bytes", "parcels_of", "split_evenly", "with_groups"]
 
 _WORTH_A_COLLECTIVE_BYTES = 2**16  # half a millisecond at 1 Gbit/s
+_OVERLAPPING_BUFFERS = 4
+_SMALLEST_OVERLAPPING_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,19 @@ class Parcels:
 
     plan: MessagePlan | None
     by_host: Mapping[torch.dtype, tuple[str, ...]]
+
+
+def overlapping_bytes(total_bytes: float, at_most: float) -> float:
+    """Size of fusion buffers of which several are filled in a backward pass, so that it hides the first ones' way.
+
+    Args:
+        total_bytes: of all gradients.
+        at_most: no larger than that.
+
+    Returns:
+        A quarter of all gradients, but no less than 2 MiB, whose fixed costs are small, and no more than `at_most`.
+    """
+    return min(at_most, max(_SMALLEST_OVERLAPPING_BYTES, total_bytes / _OVERLAPPING_BUFFERS))
 
 
 def fill_buffers(sizes: Mapping[str, int], buffer_bytes: float) -> list[tuple[str, ...]]:

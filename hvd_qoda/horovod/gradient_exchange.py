@@ -27,7 +27,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from hvd_qoda.errors import QodaError, UnsupportedError
 from hvd_qoda.exchange import Exchange
-from hvd_qoda.fusion import Gradient, fill_buffers, parcels_of, split_evenly, with_groups
+from hvd_qoda.fusion import Gradient, fill_buffers, overlapping_bytes, parcels_of, split_evenly, with_groups
 from hvd_qoda.horovod.fusion_buffers import FusionBuffer, HostReduction, Message, Parcel, Reduction, SparseGather
 from hvd_qoda.horovod.transport import HorovodTransport
 from hvd_qoda.horovod.world import World
@@ -343,7 +343,8 @@ class GradientExchange:
         ordered = [name for name in self._ordered_names() if entries[name].numel > 0]
         alone = self._fusion.sparse if not self._fusion.sparse_as_dense else frozenset[str]()
         sizes = {n: entries[n].numel * self._hooked[n].itemsize for n in ordered if n not in alone}
-        groups, at_most = self._fusion.groups, self._fusion.buffer_bytes
+        groups = self._fusion.groups
+        at_most = overlapping_bytes(sum(sizes.values()), self._fusion.buffer_bytes)
         if groups is None:
             buffers = fill_buffers(sizes, at_most)
         elif isinstance(groups, int):

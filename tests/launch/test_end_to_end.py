@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 pytest.importorskip("horovod.torch")
 
+from hvd_qoda.fusion import overlapping_bytes
 from launch import sandbox
 from launch.bench import end_to_end
 from launch.bench.replay import NETWORKS, Replay, record
@@ -27,8 +29,12 @@ def test_a_replay_releases_real_gradients_in_their_order_and_time() -> None:
     assert 0 < parts[0] < parts[-1] <= 1
     kept = {name: recording.gradient.clone() for name, recording in recordings.items()}
     came: dict[str, float] = {}
+
+    def note(name: str) -> Callable[[torch.Tensor], None]:
+        return lambda _: came.update({name: time.perf_counter()})
+
     for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: came.setdefault(name, time.perf_counter()))
+        parameter.register_post_accumulate_grad_hook(note(name))
     replay = Replay(model, recordings, forward_s=0.01, backward_s=0.3)
     begin = time.perf_counter()
     loss = replay.forward()
@@ -41,6 +47,13 @@ def test_a_replay_releases_real_gradients_in_their_order_and_time() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, kept[name])
+
+
+def test_buffers_are_small_enough_to_overlap_with_backward() -> None:
+    assert overlapping_bytes(10.4e6, 16 * 2**20) == 2.6e6
+    assert overlapping_bytes(1e6, 16 * 2**20) == 2**21
+    assert overlapping_bytes(1e9, 16 * 2**20) == 16 * 2**20
+    assert overlapping_bytes(1e9, 1000) == 1000
 
 
 def test_communication_is_what_fp32_adds_to_a_step() -> None:
