@@ -199,6 +199,11 @@ class CodecSpeed:
     exact_decode_s: float | None = None
     overlap: float = 1.0
 
+    def beside(self, coding_s: float, sending_s: float, messages: int) -> float:
+        """Seconds of coding and sending so many messages where one is coded while another one is sent."""
+        longer = max(coding_s, coding_s / messages + sending_s)
+        return longer + (1.0 - self.overlap) * max(0.0, coding_s + sending_s - longer)
+
     def encode_exact(self, elements: float, calls: int = 1) -> float:
         """Seconds to put so many elements into messages unquantized."""
         each = _PASSES_TO_SEND * self.pass_s if self.exact_encode_s is None else self.exact_encode_s
@@ -344,9 +349,7 @@ def predict(
     coding = work.encode_s + work.decode_s
     # The last message leaves when the backward pass is over: nothing hides it.
     hidden = min(overlap_s, work.sending_s * (count - 1) / count)
-    longer = max(coding, coding / count + work.sending_s - hidden)
-    beside = max(0.0, coding + work.sending_s - hidden - longer)
-    seconds = longer + (1.0 - codec.overlap) * beside
+    seconds = codec.beside(coding, work.sending_s - hidden, count)
     return Prediction(scheme, count, work.sent_bytes, coding, work.sending_s, seconds, buffer_bytes)
 
 

@@ -240,4 +240,4 @@ def _candidate(name: str, schemes: Mapping[str, str], layouts: Mapping[str, Layo
         together = sum((layouts[key] for key, own in schemes.items() if own == scheme), start=Layout(0, 0, 0, 0))
         work = predict(scheme, together, costs.ranks, costs.link, costs.codec)
         coding, sending = coding + work.coding_s, sending + work.sending_s
-    return Candidate(name, schemes, max(coding, coding / max(1, len(schemes)) + sending))
+    return Candidate(name, schemes, costs.codec.beside(coding, sending, max(1, len(schemes))))
