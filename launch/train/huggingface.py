@@ -11,7 +11,7 @@ work is the line `import ds_plugin`, and nothing else; `ds_plugin.require(engine
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +114,13 @@ def train_by_accelerate(data: Windows, options: argparse.Namespace) -> tuple[Any
     optimizer: Any = DummyOptim(model.parameters(), lr=options.learning_rate)
     engine, optimizer, batches = accelerator.prepare(model, optimizer, loader)
     losses = []
-    for batch in _all_of(batches):
+    for batch in batches:
         loss = engine(**batch).loss
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss))
     return engine, losses
-
-
-def _all_of(batches: Any) -> Iterable[dict[str, torch.Tensor]]:
-    return batches
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
