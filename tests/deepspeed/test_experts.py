@@ -55,9 +55,9 @@ def by_kind(engine: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(found[True]), torch.cat(found[False])
 
 
-def moved(stage: int, parts: int, qoda: dict[str, Any] | None) -> dict[str, Any]:
+def moved(stage: int, parts: int, qoda: dict[str, Any] | None, zero: dict[str, Any]) -> dict[str, Any]:
     """What one step changes: later ones would also see what quantizing did to the others' weights."""
-    with engine_of(configuration(stage, "fp32", qoda, **SGD), WithExperts(parts)) as engine:
+    with engine_of(configuration(stage, "fp32", qoda, zero_optimization=zero, **SGD), WithExperts(parts)) as engine:
         before = by_kind(engine)
         train_steps(engine, batches(torch.distributed.get_rank()), 1)
         after = by_kind(engine)
@@ -66,8 +66,8 @@ def moved(stage: int, parts: int, qoda: dict[str, Any] | None) -> dict[str, Any]
         return {"experts": experts, "common": common, "digests": [digest(part) for part in after], "calls": calls}
 
 
-def compared(stage: int, parts: int) -> dict[str, Any]:
-    plain, found = (moved(stage, parts, qoda) for qoda in (None, {"bits": 8}))
+def compared(stage: int, parts: int, zero: dict[str, Any] | None = None) -> dict[str, Any]:
+    plain, found = (moved(stage, parts, qoda, zero or {}) for qoda in (None, {"bits": 8}))
     return {
         "experts": relative_difference(found["experts"], plain["experts"]),
         "common": relative_difference(found["common"], plain["common"]),
@@ -97,9 +97,9 @@ def test_two_ranks(two_ranks: RankPool, stage: int, parts: int) -> None:
     check(two_ranks.run(compared, stage, parts), parts)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_four_ranks_in_two_groups(four_ranks: RankPool, stage: int) -> None:
-    check(four_ranks.run(compared, stage, 2), 2)
+@pytest.mark.parametrize(("stage", "zero"), [(0, {}), (2, {}), (1, {"use_multi_rank_bucket_allreduce": False})])
+def test_four_ranks_in_two_groups(four_ranks: RankPool, stage: int, zero: dict[str, Any]) -> None:
+    check(four_ranks.run(compared, stage, 2, zero), 2)
 
 
 def resumed(folder: str, stage: int) -> bool:
