@@ -86,13 +86,3 @@ def test_the_all_gather_scheme_of_the_paper(two_ranks: RankPool) -> None:
     for stage in STAGES:
         assert ranks[0][stage]["digest"] == ranks[1][stage]["digest"]
         assert set(ranks[0][stage]["traffic"]) == {"all_gather"}
-
-
-def test_rotated_buckets(two_ranks: RankPool) -> None:
-    rotated = {"bits": 5, "rotation": "hadamard", "levels": "best", "update_levels": {"at": [2], "every": None}}
-    configs = [configuration(stage, "fp32", qoda) for qoda in (None, rotated) for stage in STAGES]
-    ranks = two_ranks.run(run_all, configs, steps=4)
-    for stage in STAGES:
-        found = [rank[len(STAGES) + stage] for rank in ranks]
-        assert found[0]["digest"] == found[1]["digest"], f"ZeRO {stage}"
-        assert found[0]["losses"] == pytest.approx(ranks[0][stage]["losses"], rel=0.02), f"ZeRO {stage}"
