@@ -224,6 +224,8 @@ def _measure_kind(transport: Transport, kind: _Kind, largest: int, budget_s: flo
         times[sent] = agreed(sent, 1, rounds)
         spent += rounds * times[sent]
     fixed, per_byte = fit_cost([kind.sent(size) for size in times], list(times.values()))
+    if per_byte == 0.0:  # smaller messages were disturbed so much that they took as long as the largest
+        fixed, per_byte = min(times.values()), times[max(times)] / kind.sent(max(times))
     each = (together - times[_SMALLEST_BYTES]) / (_TOGETHER - 1) - kind.sent(_SMALLEST_BYTES) * per_byte
     return CollectiveCost(fixed, per_byte, max(0.0, each))
 
