@@ -65,7 +65,7 @@ ENVIRONMENT: Mapping[str, str] = {
 DEFAULT_FUSION_BUFFER_MB = 16.0
 """At 1 Gbit/s and 5 bits a message of so much takes 20 ms: long beside a round trip, short beside a backward pass."""
 
-_PLANNED_CODINGS = ("main", "alternating", "huffman", "elias")
+_PLANNED_CODINGS = ("alternating", "elias", "ans")
 _BLOCK = "qoda"  # the key under which a host's file carries this configuration
 
 
@@ -259,7 +259,8 @@ class QodaConfig(_Model):
       every rank, before they are quantized: then one codebook suits all gradients. Default "none".
     - `rounding`: "stochastic" (unbiased), or "nearest", for rotated buckets: less error, unbiased only on average over
       the rotations (EDEN), and not where a bucket has hardly any values but zeros. Default "stochastic".
-    - `coding`: "fixed", code words of `bits` bits; the only one in this version.
+    - `coding`: "fixed", code words of `bits` bits; or "huffman", one entropy code per codebook, agreed upon with the
+      levels: the same results from fewer bytes, for more work. Needs exchange="allgather". Default "fixed".
     - `exchange`: "auto" (measures, and may choose "off"), "allgather" (quantized once), "reduce_scatter" (twice, fewer
       bytes), "hierarchical" (exact inside a host), "by_bytes" (one of the first two, by bytes alone) or "off" (the
       host's own all-reduce of all gradients). Default "auto".
@@ -295,7 +296,7 @@ class QodaConfig(_Model):
     levels: _Levels = "adaptive"
     rotation: _Rotation = "none"
     rounding: _Rounding = "stochastic"
-    coding: Literal["fixed"] = "fixed"
+    coding: Literal["fixed", "huffman"] = "fixed"
     exchange: Literal["auto", "allgather", "reduce_scatter", "hierarchical", "by_bytes", "off"] = "auto"
     error_feedback: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
@@ -321,6 +322,7 @@ class QodaConfig(_Model):
         self._check_updates()
         self._check_own_messages()
         self._check_rotation()
+        self._check_coding()
 
     @field_validator("levels")
     @classmethod
@@ -336,7 +338,7 @@ class QodaConfig(_Model):
     @classmethod
     def _coding_exists(cls, coding: Any) -> Any:
         if coding in _PLANNED_CODINGS:
-            raise ValueError("entropy coding is not available in this version; use 'fixed'")
+            raise ValueError("is not available in this version; use 'huffman' or 'fixed'")
         return coding
 
     @classmethod
@@ -437,7 +439,14 @@ class QodaConfig(_Model):
         """
         planning = BitPlanning(self.auto_bits.budget, self.auto_bits.reference) if self.bits == "auto" else None
         return CodebookRegistry.build(
-            parameters, self.settings, self.rules, self.min_numel, shapes, self.codebooks == "per_layer", planning
+            parameters,
+            self.settings,
+            self.rules,
+            self.min_numel,
+            shapes,
+            self.codebooks == "per_layer",
+            planning,
+            self.coding,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -462,6 +471,13 @@ class QodaConfig(_Model):
             raise ConfigError(
                 "exchange='hierarchical' quantizes the mean of each host's ranks, but worker_norms and error_feedback "
                 "need every rank's own quantized gradient; use exchange='allgather', 'reduce_scatter' or 'auto'"
+            )
+
+    def _check_coding(self) -> None:
+        if self.coding != "fixed" and self.exchange != "allgather":
+            raise ConfigError(
+                f"coding={self.coding!r} makes messages of unequal sizes, which exchange={self.exchange!r} does not "
+                "send (and exchange='auto' does not predict); use exchange='allgather' or coding='fixed'"
             )
 
     def _check_rotation(self) -> None:

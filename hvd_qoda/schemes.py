@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from hvd_qoda.coded_all_gather import CodedAllGatherExchange, check_not_coded, is_coded
 from hvd_qoda.errors import ConfigError, UnsupportedError
 from hvd_qoda.exchange import AllGatherExchange, Exchange, ReduceScatterExchange, exchange_by_bytes
 from hvd_qoda.hierarchical import HierarchicalExchange
@@ -35,11 +36,14 @@ def make_exchange(
         hosts: where the ranks run; needed for "hierarchical".
 
     Raises:
-        ConfigError: for another scheme.
+        ConfigError: for another scheme, or one that does not send the messages of codebooks with an entropy code.
         UnsupportedError: for "hierarchical" where hosts have unequal numbers of ranks, or are not known.
     """
     if scheme == "by_bytes":
         scheme = exchange_by_bytes(plan, codebooks, transport.size)
+    if scheme == "allgather" and is_coded(plan, codebooks):
+        return CodedAllGatherExchange(plan, codebooks, transport, name, threads)
+    check_not_coded(scheme, plan, codebooks)
     if scheme == "allgather":
         return AllGatherExchange(plan, codebooks, transport, name, threads)
     if scheme == "reduce_scatter":

@@ -73,7 +73,7 @@ WRONG = [
     ({"levels": [0, 0.5, 1]}, "levels=", "2^(b-1) levels"),
     ({"levels": [0, 1]}, "levels=[0, 1]", "bits=5 needs 16"),
     ({"levels": [0, 0.6, 0.5, 1], "bits": 3}, "levels=", "increase"),
-    ({"coding": "huffman"}, "coding='huffman'", "not available in this version"),
+    ({"coding": "huffman"}, "coding='huffman'", "use exchange='allgather'"),
     ({"coding": "alternating"}, "coding='alternating'", "not available in this version"),
     ({"coding": "fixd"}, "coding='fixd'", "did you mean 'fixed'"),
     ({"exchange": "reducescatter"}, "exchange='reducescatter'", "did you mean 'reduce_scatter'"),

@@ -90,6 +90,7 @@ class Message:
         self._reduction = reduction
         self._parameters = [session.parameters[name] for name in names]
         self._costs = _costs(exchange, world.transport.size)
+        self._occupied = max(1, exchange.plan.payload_bytes)
         self._gradients: list[torch.Tensor] = []
 
     def start(self) -> None:
@@ -99,8 +100,9 @@ class Message:
         self.exchange.start(values, self._session.stamp)
         self._world.pending.add(self.exchange)
         self._session.observe(self._key, self.exchange, values)
-        for key, coordinates, raw_bytes, sent_bytes, exact in self._costs:
-            self._session.account(key, coordinates, raw_bytes, sent_bytes, exact)
+        per_byte = self.exchange.sent_bytes / self._occupied  # entropy coding: another number in every step
+        for key, coordinates, raw_bytes, occupied, exact in self._costs:
+            self._session.account(key, coordinates, raw_bytes, per_byte * occupied, exact)
 
     def finish(self) -> None:
         """See `Parcel`."""
@@ -234,16 +236,15 @@ def _write(parameter: torch.Tensor, result: torch.Tensor) -> None:
     parameter.grad = result.to_sparse(gradient.sparse_dim()) if gradient is not None and gradient.is_sparse else result
 
 
-def _costs(exchange: Exchange, size: int) -> list[tuple[str, int, float, float, bool]]:
-    """By codebook: key, coordinates, bytes of the host's all-reduce, bytes that this rank sends, whether exact."""
+def _costs(exchange: Exchange, size: int) -> list[tuple[str, int, float, int, bool]]:
+    """By codebook: key, coordinates, bytes of the host's all-reduce, bytes in the message, whether exact."""
     segments = exchange.plan.segments
-    per_byte = exchange.sent_bytes / max(1, exchange.plan.payload_bytes)
     costs = []
     for key in dict.fromkeys(segment.slice.codebook for segment in segments):
         mine = [segment for segment in segments if segment.slice.codebook == key]
         raw = sum(segment.slice.length * segment.slice.dtype.itemsize for segment in mine)
-        sent = per_byte * sum(segment.end - segment.begin for segment in mine)
+        occupied = sum(segment.end - segment.begin for segment in mine)
         costs.append(
-            (key, sum(s.slice.length for s in mine), all_reduce_bytes(raw, size), sent, mine[0].format.is_exact)
+            (key, sum(s.slice.length for s in mine), all_reduce_bytes(raw, size), occupied, mine[0].format.is_exact)
         )
     return costs

@@ -78,6 +78,8 @@ class Codebook:
         rounding: "stochastic"; or "nearest", for rotated buckets with the norm "l2".
         spread: the last level where rounding is to nearest, in standard deviations of the rotated bucket, rounded to
             float32; else 0.
+        weights: how often each level occurs, as whole numbers (`entropy.level_weights`), from which the entropy code
+            follows; empty where codes travel with fixed length.
 
     Raises:
         CodebookError: for a value outside these.
@@ -93,6 +95,7 @@ class Codebook:
     rotation: str = "none"
     rounding: str = "stochastic"
     spread: float = 0.0
+    weights: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.bits != EXACT_BITS and not (isinstance(self.bits, int) and MIN_BITS <= self.bits <= MAX_BITS):
@@ -121,6 +124,7 @@ class Codebook:
                 "of the first two levels at most at one standard deviation"
             )
         object.__setattr__(self, "levels", tuple(float(level) for level in rounded))
+        self._check_weights()
 
     @classmethod
     def uniform(cls, bits: int, **fields: Any) -> "Codebook":
@@ -153,17 +157,36 @@ class Codebook:
         return hashlib.blake2b(json.dumps(self.to_dict(), sort_keys=True).encode(), digest_size=8).digest()
 
     def with_levels(self, levels: Sequence[float], version: int, clip: float = 0.0) -> "Codebook":
-        """The same codebook with other levels, as after an update at step t in U, and their clip value."""
-        return dataclasses.replace(self, levels=tuple(float(level) for level in levels), version=version, clip=clip)
+        """The same codebook with other levels, as after an update at step t in U, and their clip value; no weights."""
+        own = tuple(float(level) for level in levels)
+        return dataclasses.replace(self, levels=own, version=version, clip=clip, weights=())
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON-able values; `from_dict` restores them exactly."""
-        return {**dataclasses.asdict(self), "levels": list(self.levels)}
+        fields = {**dataclasses.asdict(self), "levels": list(self.levels), "weights": list(self.weights)}
+        if not self.weights:  # as in messages and states without entropy coding
+            del fields["weights"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Codebook":
         """Codebook from `to_dict`'s result."""
-        return cls(**{**fields, "levels": tuple(fields["levels"])})
+        return cls(**{**fields, "levels": tuple(fields["levels"]), "weights": tuple(fields.get("weights", ()))})
+
+    @property
+    def may_be_coded(self) -> bool:
+        """Whether an entropy code may replace code words of fixed length: there is a zero, which has no sign."""
+        return not self.is_exact and not self.clip and self.levels[0] == 0.0
+
+    def _check_weights(self) -> None:
+        if not self.weights:
+            return
+        are_counts = all(type(weight) is int and weight >= 0 for weight in self.weights)
+        if not self.may_be_coded or len(self.weights) != len(self.levels) or not are_counts:
+            raise CodebookError(
+                "weights are whole numbers >= 0, one for each level of a codebook that has a zero and does not clip; "
+                f"got {self.weights!r}"
+            )
 
     def _check_rotation(self) -> None:
         if self.rotation not in ROTATIONS:

@@ -173,6 +173,33 @@ class Codec:
         self._threads.run(run, self._decoders)
         return results
 
+    def seal(self, message: torch.Tensor, context: MessageContext, flags: int = 0) -> None:
+        """Write the header that belongs to a payload which others have written.
+
+        Args:
+            message: contiguous uint8 CPU tensor of any size, the header's bytes included.
+            context: identifies the message.
+            flags: of the header.
+        """
+        begin = message.data_ptr()
+        ctypes.memmove(begin, self._expected(message, context, flags).pack(), HEADER_BYTES)
+
+    def check_seal(self, message: torch.Tensor, context: MessageContext, flags: int = 0) -> None:
+        """Compare a message's header with what `seal` would write.
+
+        Raises:
+            WireError: naming the first field that differs; also for a message without room for a header.
+        """
+        if message.numel() < HEADER_BYTES:
+            raise WireError(f"message from source {context.source} has {message.numel()} bytes: no room for a header")
+        received = ctypes.string_at(message.data_ptr(), HEADER_BYTES)
+        check_header(received, self._expected(message, context, flags), context.source)
+
+    def _expected(self, message: torch.Tensor, context: MessageContext, flags: int) -> Header:
+        size = message.numel()
+        checksum = self._checksum(message.data_ptr(), size)
+        return Header.expected(self._digest, context, size - HEADER_BYTES, checksum, flags)
+
     @cached_property
     def _shares(self) -> list[list[_Group]]:
         """The plan's segments, grouped, in one share for each thread, or in fewer where they are small."""
@@ -262,7 +289,7 @@ class Codec:
                 )
             raise WireError(f"message from source {source} must be a contiguous CPU tensor")
         begin = message.data_ptr()
-        checksum = self._checksum(begin)
+        checksum = self._checksum(begin, self.plan.message_bytes)
         received = ctypes.string_at(begin, HEADER_BYTES)
         if received != self._header_bytes(context, checksum):
             expected = Header.expected(self._digest, context, self.plan.payload_bytes, checksum)
@@ -276,9 +303,8 @@ class Codec:
             digest = self._message_digests[key] = message_digest(self._digest, context)
         return pack_header(digest, context.registry_version, context.counter, self.plan.payload_bytes, checksum)
 
-    def _checksum(self, begin: int) -> int:
-        """Checksum of the payload of a message at an address."""
-        size = self.plan.message_bytes
+    def _checksum(self, begin: int, size: int) -> int:
+        """Checksum of the payload of a message of some bytes at an address."""
         count = min(self._threads.count, 1 + size // _SMALLEST_SUMMED_SHARE)
         cuts = [HEADER_BYTES + (size - HEADER_BYTES) * index // count for index in range(count + 1)]
         totals: list[int] = []

@@ -13,10 +13,14 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from qoda_kernels.entropy import padded_size
+from qoda_kernels.codebook import Codebook
+from qoda_kernels.codec import Codec
+from qoda_kernels.entropy import huffman, padded_size
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import HEADER_BYTES, SEGMENT_ALIGNMENT, MessagePlan, Segment
+from qoda_kernels.wire import FLAG_CODED, MessageContext
 
 ByteArray = npt.NDArray[np.uint8]
 
@@ -139,6 +143,67 @@ class MessageCoder:
                 raise WireError("a coded message holds something between two segments")
         if coded[position:].any():
             raise WireError("a coded message holds something behind its last segment")
+
+
+class CodedMessages:
+    """The messages of a codec, shortened for the wire by the codes that its codebooks carry, and checked on arrival.
+
+    A coded message has a header of its own, with FLAG_CODED, and a checksum of the coded bytes. Coding that does not
+    make a message shorter is left: the message travels as it is, and is told by its size.
+    """
+
+    def __init__(self, codec: Codec, codebooks: Mapping[str, Codebook]) -> None:
+        """Build the codes.
+
+        Args:
+            codec: of the messages.
+            codebooks: its codebooks; slices of those without weights are copied.
+        """
+        self._codec = codec
+        used = {segment.slice.codebook for segment in codec.plan.segments}
+        codes = {key: huffman(codebooks[key].bits, codebooks[key].weights) for key in used if codebooks[key].weights}
+        self._coder = MessageCoder(codec.plan, codes)
+
+    @property
+    def maximum_bytes(self) -> int:
+        """Size of the buffer that `shorten` needs."""
+        return max(self._coder.maximum_bytes, self._codec.plan.message_bytes)
+
+    def shorten(self, message: torch.Tensor, context: MessageContext, out: torch.Tensor) -> int:
+        """Code a message; returns the bytes to send, at most those of the message.
+
+        Args:
+            message: uint8 [plan.message_bytes], from `Codec.encode`.
+            context: of the message.
+            out: uint8 [maximum_bytes], written.
+        """
+        size = self._coder.encode(message.numpy(), out.numpy())
+        if size >= message.numel():
+            out[: message.numel()] = message
+            return message.numel()
+        self._codec.seal(out[:size], context, FLAG_CODED)
+        return size
+
+    def restore(self, coded: torch.Tensor, context: MessageContext, out: torch.Tensor) -> torch.Tensor:
+        """The message that `Codec.decode_mean` takes.
+
+        Args:
+            coded: uint8, as received.
+            context: what the message must be.
+            out: uint8 [plan.message_bytes], written unless the message travelled as it is.
+
+        Returns:
+            `out`, or `coded` itself.
+
+        Raises:
+            WireError: when the message is damaged or not the expected one.
+        """
+        if coded.numel() == self._codec.plan.message_bytes:
+            return coded
+        self._codec.check_seal(coded, context, FLAG_CODED)
+        self._coder.decode(coded.numpy(), out.numpy())
+        self._codec.seal(out, context)
+        return out
 
 
 def _code_of(segment: Segment, codes: Mapping[str, CodeOfSlices]) -> CodeOfSlices | None:

@@ -20,19 +20,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 from qoda_kernels.bit_allocation import Budget, Candidate, allocate
 from qoda_kernels.codebook import EXACT_BITS, Codebook
+from qoda_kernels.entropy import level_weights
 from qoda_kernels.errors import CodebookError, RegistryError
 from qoda_kernels.gaussian import nearest_codebook, relative_error, stochastic_codebook
 from qoda_kernels.layer_types import layer_types, layer_types_of_named_parameters
 from qoda_kernels.levels import Distribution, minimum_variance_levels, quantization_variance, uniform_levels
 from qoda_kernels.magnitudes import MagnitudeStatistics
-from qoda_kernels.statistics import ExchangedStatistics
+from qoda_kernels.statistics import ExchangedStatistics, HistogramStatistics
 from qoda_kernels.tails import TAIL_SCHEMES, Scheme, TailSettings, learnt_truncation
 
 LEVEL_SCHEMES = ("uniform", "exponential", "adaptive", *TAIL_SCHEMES, "best")
@@ -48,6 +51,7 @@ _TYPE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SELECTORS = ("type", "name", "min_numel", "max_numel")
 _SHOWN_DIFFERENCES = 5
 _DRAFT_SWEEPS = 2  # at most 3 % more variance than the best levels, a fifth of the time
+_NORMAL_SAMPLE = 2**16
 
 
 @dataclass(frozen=True)
@@ -310,6 +314,8 @@ class CodebookRegistry:
             elements keep the plain key, and the others' keys say what differs, as in "convolution/8bit".
         version: how many times levels have been updated.
         planning: how bits are planned; None where they never change.
+        coding: "fixed", or "huffman": codebooks that may be coded carry weights: of normal coordinates at first, then
+            from the statistics of every update. Those that clip, or have no zero, travel with fixed length.
     """
 
     parameters: Mapping[str, ParameterEntry]
@@ -317,6 +323,7 @@ class CodebookRegistry:
     codebooks: Mapping[str, Codebook]
     version: int = 0
     planning: BitPlanning | None = None
+    coding: str = "fixed"
 
     @classmethod
     def build(
@@ -328,6 +335,7 @@ class CodebookRegistry:
         shapes: Mapping[str, Sequence[int]] | None = None,
         per_layer: bool = False,
         planning: BitPlanning | None = None,
+        coding: str = "fixed",
     ) -> "CodebookRegistry":
         """Registry of a model.
 
@@ -340,6 +348,7 @@ class CodebookRegistry:
             shapes: parameter name -> its shape, where the host keeps only a part of it in each process.
             per_layer: whether every compressed parameter has a codebook of its own, with the key "type:name".
             planning: how bits are planned, where settings have more than one width.
+            coding: "fixed" or "huffman".
 
         Raises:
             RegistryError: for a rule that matches nothing, settings that no codebook can have, a parameter given twice.
@@ -362,13 +371,18 @@ class CodebookRegistry:
                 settings[key] = found.settings
             entries[name] = ParameterEntry(name, found.layer_type, key, tuple(tensor.shape), tensor.dtype, offset)
             offset += tensor.numel()
-        codebooks = _codebooks(settings, entries.values())
-        return cls(parameters=entries, settings=settings, codebooks=codebooks, planning=planning)
+        codebooks = {key: _coded(book, coding) for key, book in _codebooks(settings, entries.values()).items()}
+        return cls(entries, settings, codebooks, planning=planning, coding=coding)
 
     @property
     def adaptive_keys(self) -> tuple[str, ...]:
-        """Keys of the codebooks whose levels or bits follow the gradients' statistics."""
-        return tuple(key for key, settings in self.settings.items() if settings.is_adaptive)
+        """Keys of the codebooks whose levels, bits or entropy codes follow the gradients' statistics."""
+        return tuple(key for key, settings in self.settings.items() if settings.is_adaptive or self._counts(key))
+
+    def _counts(self, key: str) -> bool:
+        """Whether a codebook's weights follow statistics; what is rotated looks alike whatever the gradient."""
+        settings = self.settings[key]
+        return self.coding != "fixed" and not settings.is_exact and settings.rotation == "none"
 
     @property
     def numel(self) -> int:
@@ -407,12 +421,13 @@ class CodebookRegistry:
         for key, gathered in statistics.items():
             if self.settings[key].widths is None or self.planning is None:
                 codebooks[key] = self._learnt(key, codebooks[key].bits, gathered, version)
+            codebooks[key] = _coded(codebooks[key], self.coding, gathered)
         return dataclasses.replace(self, codebooks=codebooks, version=version)
 
     @property
     def first_codebooks(self) -> dict[str, Codebook]:
         """Codebooks that training starts with, by key."""
-        return {key: settings.codebook() for key, settings in self.settings.items()}
+        return {key: _coded(settings.codebook(), self.coding) for key, settings in self.settings.items()}
 
     def _planned(
         self, statistics: Mapping[str, Distribution | MagnitudeStatistics], version: int
@@ -506,6 +521,10 @@ class CodebookRegistry:
             found.append((_squared_error(book, gathered) * (STRATIFIED_SHARE if is_cancelling else 1.0), book))
         return min(found, key=lambda pair: pair[0])[1]
 
+    def _restored_codebook(self, fields: Mapping[str, Any]) -> Codebook:
+        found = _codebook_of_state(fields)
+        return found if found.weights and self.coding != "fixed" else _coded(found, self.coding)
+
     def describe(self) -> dict[str, Any]:
         """Everything that ranks must agree on, as JSON-able values; `differences` compares two descriptions."""
         return {
@@ -543,7 +562,7 @@ class CodebookRegistry:
             found = differences(
                 _without_levels(self.describe()), _without_levels(state), "this model", "the saved state"
             )
-            codebooks = {key: _codebook_of_state(fields) for key, fields in state["codebooks"].items()}
+            codebooks = {key: self._restored_codebook(fields) for key, fields in state["codebooks"].items()}
             version = int(state["version"])
         except (KeyError, TypeError, AttributeError, CodebookError) as error:
             raise RegistryError(f"the registry state is damaged: {error!r}") from error
@@ -554,6 +573,24 @@ class CodebookRegistry:
                 + "; start from the configuration it was saved with, or train on without the saved state"
             )
         return dataclasses.replace(self, codebooks={key: codebooks[key] for key in self.codebooks}, version=version)
+
+
+def _coded(codebook: Codebook, coding: str, gathered: Distribution | MagnitudeStatistics | None = None) -> Codebook:
+    """The codebook with the weights of its entropy code, from statistics or, without any, of normal coordinates."""
+    if coding == "fixed" or not codebook.may_be_coded:
+        return dataclasses.replace(codebook, weights=()) if codebook.weights else codebook
+    if gathered is None or isinstance(gathered, MagnitudeStatistics) or codebook.rotation != "none":
+        weights = _normal_weights(codebook.levels, codebook.bucket_size, codebook.norm)
+    else:
+        weights = level_weights(codebook.levels, gathered)
+    return dataclasses.replace(codebook, weights=weights)
+
+
+@cache
+def _normal_weights(levels: tuple[float, ...], bucket_size: int, norm: str) -> tuple[int, ...]:
+    """Weights of levels for normal coordinates, from a fixed sample: the same on every rank."""
+    sample = np.random.Generator(np.random.PCG64(0)).standard_normal(_NORMAL_SAMPLE, dtype=np.float32)
+    return level_weights(levels, HistogramStatistics.gather(sample, bucket_size, norm))
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], here: str, there: str) -> tuple[str, ...]:
@@ -626,12 +663,12 @@ def _scheme(settings: LayerSettings) -> dict[str, Any]:
 def _learnt_fields(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields of a described codebook that follow statistics."""
     if fields["level_scheme"] == "best":
-        return ("levels", "version", "bits", "norm", "rotation", "rounding", "spread")
+        return ("levels", "version", "bits", "norm", "rotation", "rounding", "spread", "weights")
     if fields.get("widths") is not None:
-        return ("levels", "version", "clip", "bits", "spread")
+        return ("levels", "version", "clip", "bits", "spread", "weights")
     is_learnt = fields["level_scheme"] == "adaptive" and fields["rotation"] == "none"
     is_learnt = is_learnt or fields["level_scheme"] in TAIL_SCHEMES
-    return ("levels", "version", "clip") if is_learnt else ()
+    return ("levels", "version", "clip", "weights") if is_learnt else ("version", "weights")
 
 
 def _squared_error(codebook: Codebook, gathered: Distribution | MagnitudeStatistics) -> float:

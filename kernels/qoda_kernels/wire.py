@@ -3,7 +3,7 @@
     bytes   field              meaning
     0-3     magic              b"QODA"
     4-5     version            1
-    6-7     flags              0
+    6-7     flags              0, or FLAG_CODED for an entropy-coded message (`coded_message.py`)
     8-15    digest             BLAKE2b of plan, codebooks, phase, source and destination
     16-19   registry version   of the codebooks, modulo 2^32
     20-23   exchange counter   modulo 2^32
@@ -27,6 +27,7 @@ from qoda_kernels.rotation import RotationKey
 
 MAGIC = b"QODA"
 WIRE_VERSION = 1
+FLAG_CODED = 1
 CHECKSUM_MULTIPLIER = 0x9E3779B97F4A7C15
 CHECKSUM_OF_ZEROS = 0x51C0DA7A
 _HEADER = struct.Struct("<4sHH8sIIII")
@@ -77,9 +78,12 @@ class Header:
     counter: int
     payload_bytes: int
     checksum: int
+    flags: int = 0
 
     @classmethod
-    def expected(cls, plan_digest: bytes, context: MessageContext, payload_bytes: int, checksum: int) -> "Header":
+    def expected(
+        cls, plan_digest: bytes, context: MessageContext, payload_bytes: int, checksum: int, flags: int = 0
+    ) -> "Header":
         """Header that a message with this context must carry.
 
         Args:
@@ -87,6 +91,7 @@ class Header:
             context: which message it is.
             payload_bytes: size of the payload.
             checksum: of the payload.
+            flags: 0 or FLAG_CODED.
         """
         return cls(
             message_digest(plan_digest, context),
@@ -94,11 +99,13 @@ class Header:
             context.counter & _MASK32,
             payload_bytes,
             checksum,
+            flags,
         )
 
     def pack(self) -> bytes:
         """The 32 bytes of the header."""
-        return pack_header(self.digest, self.registry_version, self.counter, self.payload_bytes, self.checksum)
+        numbers = self.registry_version, self.counter, self.payload_bytes, self.checksum, self.flags
+        return pack_header(self.digest, *numbers)
 
 
 def message_digest(plan_digest: bytes, context: MessageContext) -> bytes:
@@ -112,10 +119,12 @@ def message_digest(plan_digest: bytes, context: MessageContext) -> bytes:
     return hashlib.blake2b(identity, digest_size=8).digest()
 
 
-def pack_header(digest: bytes, registry_version: int, counter: int, payload_bytes: int, checksum: int) -> bytes:
+def pack_header(
+    digest: bytes, registry_version: int, counter: int, payload_bytes: int, checksum: int, flags: int = 0
+) -> bytes:
     """The 32 bytes of a header; the arguments are `Header`'s fields, not yet modulo 2^32."""
     numbers = registry_version & _MASK32, counter & _MASK32, payload_bytes, checksum
-    return _HEADER.pack(MAGIC, WIRE_VERSION, 0, digest, *numbers)
+    return _HEADER.pack(MAGIC, WIRE_VERSION, flags, digest, *numbers)
 
 
 def fold_checksum(total: int) -> int:
@@ -141,7 +150,7 @@ def check_header(received: bytes, expected: Header, source: int) -> None:
     pairs = (
         (magic, MAGIC),
         (version, WIRE_VERSION),
-        (flags, 0),
+        (flags, expected.flags),
         (payload_bytes, expected.payload_bytes),
         (counter, expected.counter),
         (registry_version, expected.registry_version),
@@ -157,7 +166,7 @@ def check_header(received: bytes, expected: Header, source: int) -> None:
 _FIELDS = (
     ("magic", "the bytes are no message of ours: check that every rank uses the same compression"),
     ("wire version", "every rank must run the same version of this package"),
-    ("flags", "every rank must run the same version of this package"),
+    ("flags", "every rank must run the same version of this package with the same coding"),
     ("payload size", "the ranks disagree on the model or on its codebooks"),
     ("exchange counter", "the ranks are at different exchanges: load the same checkpoint on every rank"),
     ("registry version", "the ranks updated their levels at different steps: load the same checkpoint on every rank"),
