@@ -9,7 +9,8 @@ bits [r * bits, (r + 1) * bits)). Byte p of lane j lies at p * W + j of the tile
 n < 8 W coordinates of a slice form a tile of ceil(n / 8) lanes, with codes 0 where it has no coordinate.
 Exact segments hold the raw values, little-endian.
 
-All sizes follow from metadata (slices and codebook formats), so ranks never exchange sizes.
+All sizes follow from metadata (slices and codebook formats), so ranks never exchange sizes; but
+those of entropy-coded messages (`coded_message.py`) do not.
 """
 
 import hashlib

@@ -2,12 +2,13 @@
 
 As a program it runs as many cases as wanted: `python -m tests.kernels.fuzz --cases 100000`. A case is one plan of up to
 four segments, encoded by up to three senders and decoded. Every message and every mean must have the reference's bits,
-and a damaged message must be a WireError.
+and a damaged message must be a WireError; so it is with entropy-coded messages, whose values must be the same.
 """
 
 import argparse
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 
 from qoda_kernels.codebook import EXACT_BITS, Codebook
 from qoda_kernels.codec import Codec
+from qoda_kernels.coded_message import CodedMessages
 from qoda_kernels.errors import WireError
 from qoda_kernels.gaussian import nearest_codebook
 from qoda_kernels.layout import MessagePlan, Slice
+from qoda_kernels.wire import MessageContext
 from qoda_kernels.worker_threads import WorkerThreads
 from tests.kernels.codebooks import DTYPES, codebook_for, context, methods_of
 from tests.kernels.reference_codec import ReferenceCodec
@@ -110,6 +113,39 @@ def damaged(message: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return result
 
 
+def check_coded(
+    plan: MessagePlan,
+    codebooks: Mapping[str, Codebook],
+    values: Sequence[torch.Tensor],
+    where: MessageContext,
+    rng: np.random.Generator,
+) -> None:
+    """A message, entropy-coded with random codes, is restored; a damaged one is a WireError."""
+    books = {
+        key: dataclasses.replace(book, weights=tuple(rng.integers(0, 2**20, len(book.levels)).tolist()))
+        if book.may_be_coded
+        else book
+        for key, book in codebooks.items()
+    }
+    codec = Codec(plan, books)
+    coded = CodedMessages(codec, books)
+    message = codec.encode(values, where)
+    buffer = torch.full((coded.maximum_bytes,), 255, dtype=torch.uint8)
+    sent = buffer[: coded.shorten(message, where, buffer)].clone()
+    place = torch.empty_like(message)
+    restored = codec.decode_mean([coded.restore(sent, where, place)], [where])
+    for one, two in zip(restored, codec.decode_mean([message], [where]), strict=True):
+        assert torch.allclose(one, two, rtol=0.0, atol=0.0, equal_nan=True), f"coding changed a value: {books}, {plan}"
+    broken = damaged(sent, rng)
+    if broken.shape == sent.shape and torch.equal(broken, sent):
+        return
+    try:
+        codec.decode_mean([coded.restore(broken, where, place)], [where])
+    except WireError:
+        return
+    raise AssertionError(f"damage of a coded message was not noticed: {books}, {plan}, {where}")
+
+
 def run_case(variants: Sequence[Variant], rng: np.random.Generator) -> None:
     """One random case; raises AssertionError with what differs."""
     is_stratified = bool(rng.integers(2)) and any(variant.is_stratified for variant in variants)
@@ -154,6 +190,7 @@ def run_case(variants: Sequence[Variant], rng: np.random.Generator) -> None:
     for part, (found, wanted) in zip(slices, means, strict=True):
         assert same_bits(found, wanted), f"means of {part.parameter} differ: {codebooks}, {slices}, {contexts}"
 
+    check_coded(plan, codebooks, values, contexts[-1], rng)
     which = int(rng.integers(senders))
     broken = [damaged(message, rng) if index == which else message for index, message in enumerate(messages)]
     if broken[which].shape != messages[which].shape or not torch.equal(broken[which], messages[which]):
