@@ -669,30 +669,57 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                         norm = np.float32(norm * TINY_SCALE)
                     scale = np.float32((uniform_scale if is_uniform else np.float32(1.0)) / norm)
                     coordinate = np.uint64(part[COORDINATE]) + np.uint64(begin)
-                    _encode_tiles(
-                        bucket,
-                        length,
-                        codes,
-                        given + bytes_ahead,
-                        coordinate,
-                        key,
-                        scale,
-                        norm,
-                        lines,
-                        levels,
-                        cells,
-                        levels,
-                        tail_values,
-                        tail_codes,
-                        bits,
-                        lanes,
-                        tile_bytes,
-                        shift,
-                        number_of_method,
-                        has_strata,
-                        0,
-                        0,
-                    )
+                    high_place = np.uint32(coordinate >> np.uint64(32))
+                    low_place = np.uint32(coordinate & np.uint64(0xFFFFFFFF))
+                    high_share = word32.multiply(high_place, HIGH_WORD)
+                    full_tiles = length // tile
+                    rest = length - full_tiles * tile
+                    tail_lanes = (rest + ROWS - 1) // ROWS
+                    for tile_number in range(full_tiles + (1 if rest > 0 else 0)):
+                        is_tail = tile_number == full_tiles
+                        source = bucket + np.uint64(4 * tile_number * tile)
+                        target = codes + np.uint64(tile_number * bits * lanes)
+                        row_length = lanes
+                        if is_tail:
+                            rows = carray(word32.float_pointer(source), (rest,), np.float32)
+                            tail_values[:] = np.float32(0.0)
+                            for place in range(rest):
+                                row = place // tail_lanes
+                                tail_values[row * lanes + place - row * tail_lanes] = rows[place]
+                            row_length = tail_lanes
+                            source = np.uint64(tail_values.ctypes.data)
+                            target = np.uint64(tail_codes.ctypes.data)
+                        else:
+                            tiles.prefetch(given + np.uint64(tile_number * tile_bytes) + bytes_ahead, tile_bytes)
+                        weyl = word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), WEYL)
+                        row_weyl = word32.multiply(np.uint32(row_length), WEYL)
+                        tiles.encode_tile(
+                            source,
+                            target,
+                            weyl,
+                            row_weyl,
+                            key,
+                            word32.add(key[0], high_share),
+                            word32.add(key[2], high_share),
+                            scale,
+                            norm,
+                            lines,
+                            levels,
+                            cells,
+                            levels,
+                            bits,
+                            lanes,
+                            shift,
+                            number_of_method,
+                            has_strata,
+                            0,
+                            0,
+                        )
+                        if is_tail:
+                            packed = _bytes_at(codes + np.uint64(tile_number * bits * lanes), bits * tail_lanes)
+                            for plane in range(bits):
+                                for lane in range(tail_lanes):
+                                    packed[plane * tail_lanes + lane] = tail_codes[plane * lanes + lane]
                 if (number + 1) % _CHUNK == 0:
                     total += sum_bytes(message, summed, codes_end)
                     summed = codes_end
@@ -802,19 +829,42 @@ def decoder(bits: int, lanes: int, kind: int) -> Callable[..., None]:
                 if kind == FLOAT32:
                     bucket = tensor + np.uint64(4 * begin)
                 sums = carray(word32.float_pointer(bucket), (length,), np.float32)
-                is_finite = _sum_bucket(
-                    messages,
-                    part[NORMS_BEGIN] + number * norm_bytes,
-                    part[CODES_BEGIN] + number * bucket_bytes,
-                    bucket,
-                    length,
-                    norm_bytes,
-                    levels,
-                    tail_values,
-                    tail_codes,
-                    bits,
-                    lanes,
-                )
+                is_finite = True
+                for source in range(messages.size):
+                    word_bytes = _bytes_at(
+                        messages[source] + np.uint64(part[NORMS_BEGIN] + number * norm_bytes), norm_bytes
+                    )
+                    norm_bits = np.uint32(0)
+                    for byte in range(norm_bytes):
+                        position = np.uint32(8 * (byte + 4 - norm_bytes))
+                        norm_bits = word32.bit_or(norm_bits, word32.shift_left(np.uint32(word_bytes[byte]), position))
+                    if norm_bits >= INFINITY:
+                        is_finite = False
+                        break
+                    norm = word32.float_from_bits(norm_bits)
+                    codes = messages[source] + np.uint64(part[CODES_BEGIN] + number * bucket_bytes)
+                    full_tiles = length // tile
+                    for tile_number in range(full_tiles):
+                        place = codes + np.uint64(tile_number * bits * lanes)
+                        target = bucket + np.uint64(4 * tile_number * tile)
+                        if source == 0:
+                            tiles.decode_tile(place, target, norm, levels, bits, lanes, 1)
+                        else:
+                            tiles.decode_tile(place, target, norm, levels, bits, lanes, 0)
+                    rest = length - full_tiles * tile
+                    if rest > 0:
+                        tail_lanes = (rest + ROWS - 1) // ROWS
+                        packed = _bytes_at(codes + np.uint64(full_tiles * bits * lanes), bits * tail_lanes)
+                        for plane in range(bits):
+                            for lane in range(tail_lanes):
+                                tail_codes[plane * lanes + lane] = packed[plane * tail_lanes + lane]
+                        target = np.uint64(tail_values.ctypes.data)
+                        tiles.decode_tile(np.uint64(tail_codes.ctypes.data), target, norm, levels, bits, lanes, 1)
+                        tail = sums[full_tiles * tile :]
+                        for place in range(rest):
+                            row = place // tail_lanes
+                            value = tail_values[row * lanes + place - row * tail_lanes]
+                            tail[place] = value if source == 0 else np.float32(tail[place] + value)
                 if is_finite:
                     for place in range(length):
                         sums[place] = np.float32(sums[place] * scale)
