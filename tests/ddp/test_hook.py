@@ -40,6 +40,13 @@ def test_rotated_buckets(two_ranks: RankPool) -> None:
     assert {version for _, _, version, _ in outcomes} == {0}  # nothing to fit
 
 
+def test_entropy_coding_changes_bytes_only(two_ranks: RankPool) -> None:
+    fixed, coded = (two_ranks.run(trained, {"exchange": "allgather", "coding": name}) for name in ("fixed", "huffman"))
+    for (bits, losses, _, sent), (coded_bits, coded_losses, _, coded_sent) in zip(fixed, coded, strict=True):
+        assert (coded_bits, coded_losses) == (bits, losses)
+        assert coded_sent < 0.97 * sent
+
+
 def plain_and_quantized() -> tuple[float, float]:
     """Relative distance of the mean gradient from DDP's own, quantized and sent exactly."""
     own = Run()

@@ -67,6 +67,14 @@ def test_rotated_buckets_of_4_bits(two_ranks: RankPool) -> None:
         assert compressed["losses"] == pytest.approx(plain["losses"], rel=0.02)
 
 
+def test_entropy_coding_changes_bytes_only(two_ranks: RankPool) -> None:
+    codings = [{**QODA, "exchange": "allgather", "coding": name} for name in ("fixed", "huffman")]
+    for fixed, coded in two_ranks.run(run_all, [configuration(0, "fp32", qoda) for qoda in codings], steps=4):
+        assert coded["digest"] == fixed["digest"]
+        assert coded["losses"] == fixed["losses"]
+        assert sum(coded["traffic"].values()) < 0.97 * sum(fixed["traffic"].values())
+
+
 def test_at_32_bits_training_has_the_bits_of_training_without_the_plug_in(two_ranks: RankPool) -> None:
     plain = [configuration(stage, "fp32") for stage in STAGES]
     exact = [configuration(stage, "fp32", {"bits": 32}) for stage in STAGES]
