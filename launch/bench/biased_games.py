@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="which to play")
-    parser.add_argument("--steps", type=positive, default=2000, help="exchanges")
+    parser.add_argument("--steps", type=positive, default=2000, help="number of exchanges")
     parser.add_argument("--workers", type=positive, default=4, help="number of workers, K")
     parser.add_argument("--lr", nargs="+", type=float, default=[1.0, 4.0, 16.0], help="base rates of QODA; 1: paper's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of games, noise and rounding")

@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=positive, default=4, help="of the Transformer")
     parser.add_argument("--batch-size", type=positive, default=8, help="windows of 64 bytes in a step")
     parser.add_argument("--steps", type=positive, default=10, help="of training that are timed")
-    parser.add_argument("--threads", type=positive, default=1, help="of torch")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of torch")
     parser.add_argument("--seed", type=int, default=0, help="of weights and text")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows to this file")
     return parser

@@ -132,5 +132,5 @@ def test_check_measures_the_link_where_it_is_launched() -> None:
     text = re.sub(r"(?m)^\[\d+\]<std(out|err)>:", "", outcome.stdout)  # what horovodrun puts before every line
     found = json.loads(text[text.index("{\n") : text.rindex("}") + 1])  # one rank speaks
     assert found["link"]["ranks_of_hosts"] == [2]
-    assert set(found["link"]["measured"]) == {"all_reduce", "all_gather", "all_to_all"}
+    assert set(found["link"]["measured"]) == {"all_reduce", "all_reduce_fp16", "all_gather", "all_to_all"}
     assert found["hosts"]["horovod"]["problem"] is None
