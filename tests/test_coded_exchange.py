@@ -132,6 +132,23 @@ def test_a_damaged_message_is_an_error_where_it_arrives(place: int) -> None:
             exchange.finish([torch.empty(s.slice.length) for s in exchange.plan.segments])
 
 
+@pytest.mark.parametrize("announced", [0, 2**40])
+def test_an_impossible_size_is_an_error_on_every_rank(announced: int) -> None:
+    def change(name: str, source: int, destination: int, received: torch.Tensor) -> torch.Tensor:
+        if source != 1 or not name.endswith(".sizes"):
+            return received
+        return torch.frombuffer(bytearray(announced.to_bytes(8, "little")), dtype=torch.uint8)
+
+    exchanges = exchanges_of(registry_of("huffman"), InMemoryGroup(2, change))
+    for rank, exchange in enumerate(exchanges):
+        exchange.start(values_of(exchange.plan, rank), STAMP)
+    while not all([exchange.advance() for exchange in exchanges]):
+        pass
+    for exchange in exchanges:
+        with pytest.raises(WireError, match=f"announced a message of {announced} bytes"):
+            exchange.finish([torch.empty(s.slice.length) for s in exchange.plan.segments])
+
+
 def test_a_refused_round_is_refused_on_every_rank() -> None:
     exchanges = exchanges_of(registry_of("huffman"), InMemoryGroup(2))
     exchanges[0].start(values_of(exchanges[0].plan, 0), STAMP)

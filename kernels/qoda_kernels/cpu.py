@@ -672,6 +672,8 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                     high_place = np.uint32(coordinate >> np.uint64(32))
                     low_place = np.uint32(coordinate & np.uint64(0xFFFFFFFF))
                     high_share = word32.multiply(high_place, HIGH_WORD)
+                    # The loop of `_encode_tiles`, written out: arrays as arguments of an inlined function are counted
+                    # references, which slowed this loop by about 40 % in cache.
                     full_tiles = length // tile
                     rest = length - full_tiles * tile
                     tail_lanes = (rest + ROWS - 1) // ROWS

@@ -84,5 +84,5 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
