@@ -156,6 +156,8 @@ def work(options: argparse.Namespace) -> None:
     import deepspeed
     import torch
 
+    from launch.train.torch_processes import end_processes
+
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of compiling
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -166,7 +168,7 @@ def work(options: argparse.Namespace) -> None:
         for case in cases_of(options):
             file.write(json.dumps(run_case(case, options)) + "\n")
             file.flush()
-    torch.distributed.destroy_process_group()
+    end_processes()
 
 
 def records_of(size: int, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from launch.train.data import DIGITS, BatchSchedule, DataError, Dataset, load_da
 from launch.train.models import DigitNet
 from launch.train.options import EXCHANGES, HelpFormatter, not_negative, positive
 from launch.train.summary import write_json
+from launch.train.torch_processes import end_processes
 
 
 def train(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{key}: {value}")
         if options.json is not None:
             write_json(options.json, {"command": "torchrun " + " ".join(sys.argv), **summary})
-    dist.destroy_process_group()
+    end_processes()
     return 0
 
 

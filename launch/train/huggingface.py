@@ -20,10 +20,11 @@ if __package__ in (None, ""):  # run as a file: make the project's folder import
 
 import torch
 
-from launch.train.language_model import prepare_processes, replicas_identical
+from launch.train.language_model import replicas_identical
 from launch.train.options import HelpFormatter, not_negative, positive
 from launch.train.summary import write_everywhere
 from launch.train.text import VOCABULARY, Text, load_text
+from launch.train.torch_processes import end_processes, prepare_processes
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -150,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"of gradients per rank and step for {summary['parameters']:,} parameters",
             flush=True,
         )
+    end_processes()
     return 0 if summary["replicas_identical"] else 1
 
 

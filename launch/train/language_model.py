@@ -11,7 +11,6 @@ steps.jsonl, summary.json, and with --checkpoint-every checkpoints, from which -
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from launch.train.options import (
 )
 from launch.train.summary import write_everywhere
 from launch.train.text import Text, load_text
+from launch.train.torch_processes import end_processes, prepare_processes
 from launch.train.transformer import Transformer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -68,17 +68,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the summary here too")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # of DeepSpeed's launcher
     return parser.parse_args(arguments)
-
-
-def prepare_processes(threads: int) -> None:
-    """Share the cores out; on a machine without accelerator keep DeepSpeed from compiling collectives of its own."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
-    os.environ.setdefault("LOCAL_SIZE", local)  # how many devices DeepSpeed's CPU accelerator has
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // int(local)))
-    if not torch.cuda.is_available():
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def ds_configuration(options: argparse.Namespace) -> dict[str, Any]:
@@ -203,7 +192,7 @@ def run(options: argparse.Namespace) -> int:
             f"summary in {options.run_dir / SUMMARY_FILE}",
             flush=True,
         )
-    torch.distributed.destroy_process_group()
+    end_processes()
     return 0 if summary["replicas_identical"] else 1
 
 

@@ -1,0 +1,34 @@
+"""The processes of a run over torch.distributed: how they share the cores of a machine, and how they end."""
+
+import os
+import time
+
+import torch
+
+_SECONDS_TO_LET_GO = 0.2
+
+
+def prepare_processes(threads: int) -> None:
+    """Share the cores out; on a machine without accelerator keep DeepSpeed from compiling collectives of its own.
+
+    Args:
+        threads: of torch, per process; 0 for an equal share of the machine's cores.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    os.environ.setdefault("LOCAL_SIZE", local)  # how many devices DeepSpeed's CPU accelerator has
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // int(local)))
+    if not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def end_processes() -> None:
+    """Leave torch.distributed, so that this process can end at once; the last call of a program.
+
+    A thread of Gloo's drops the tensors of a collective some time after the collective is done, and needs the
+    interpreter for that. If the interpreter ends meanwhile, PyTorch (2.13) aborts the process: "terminate called
+    without an active exception" (pull request 179291 of pytorch/pytorch). Asleep, this thread leaves it to Gloo's.
+    """
+    torch.distributed.destroy_process_group()
+    time.sleep(_SECONDS_TO_LET_GO)
