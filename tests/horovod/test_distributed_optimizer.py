@@ -176,9 +176,12 @@ def test_32_bits_are_stock_training_bit_for_bit(two_ranks: RankPool, make: str, 
 
 
 def reduce_scatter_is_near(steps: int = 3, exchange: str = "reduce_scatter") -> list[bytes]:
-    """Shares are those of a buffer, so bits differ from the stock route's; the error is that of two quantizations."""
+    """Shares are those of a buffer, so bits differ from the stock route's; the error is that of two quantizations.
+
+    Nothing is left to Horovod's own all-reduce: with three ranks or more it adds in an order that depends on time.
+    """
     model = make_model()
-    compression = make_qoda(model, exchange=exchange)
+    compression = make_qoda(model, exchange=exchange, layers=({"name": "*", "bits": 5},))
     optimizer = overlapping(model, compression)
     for step in range(steps):
         own = local_gradients(model, lambda step=step: loss_of(model, step))
