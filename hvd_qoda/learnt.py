@@ -22,14 +22,13 @@ _POINTS = 257  # at which the tail of a histogram is read
 def learnt_record(statistics: ExchangedStatistics, codebook: Codebook) -> LearntRecord | None:
     """Histogram and tail index of the statistics that a codebook has just learnt from; None where there is neither.
 
-    Nor for codebooks that rotate: their levels are not for the coordinates that the statistics are of.
+    Where rotated buckets were chosen (`levels="best"`), or their bits planned, it tells of the gradients before they
+    are rotated: the levels are for other coordinates.
 
     The tail index is the maximum-likelihood exponent gamma of p(g) ~ |g|^(-gamma) over the largest tenth. Codebooks
     that clip have it from the gradients' magnitudes. Others normalise every bucket first, which cuts the tail off at
     the norm: theirs shows a trend rather than the gradients' own exponent.
     """
-    if codebook.rotation != "none":
-        return None
     if isinstance(statistics, MagnitudeStatistics):
         if not codebook.clip > 0.0:
             return None
@@ -52,6 +51,7 @@ def learnt_record(statistics: ExchangedStatistics, codebook: Codebook) -> Learnt
         shares=tuple(round(max(float(share), 0.0), 7) for share in shares),
         tail_index=None if math.isnan(gamma) else gamma,
         clip=codebook.clip,
+        rotation=codebook.rotation,
     )
 
 

@@ -1,9 +1,10 @@
 """Pictures of what a run has learnt and sent, from the file of records that its telemetry wrote (JSON lines).
 
 Writes PNG files: levels.png (histogram of the normalised magnitudes of each layer type at the last update, with the
-levels drawn in), bits.png (code width of each layer type, and average over coordinates), error.png (relative error of
-each layer type), bytes.png (bytes sent per step, of how many) and tails.png (tail index of each layer type). Pictures
-of which the records hold nothing are left out and named. --wandb also logs them to a run of Weights & Biases.
+levels drawn in; not those of rotated buckets, which are for other coordinates), bits.png (code width of each layer
+type, and average over coordinates), error.png (relative error of each layer type), bytes.png (bytes sent per step, of
+how many) and tails.png (tail index of each layer type). Pictures of which the records hold nothing are left out and
+named. --wandb also logs them to a run of Weights & Biases.
 """
 
 import argparse
@@ -141,15 +142,21 @@ def _levels(records: Sequence[StepRecord]) -> Any:
         widths = [after - before for before, after in pairwise(MAGNITUDE_EDGES)]
         heights = [share / width for share, width in zip(shares, widths, strict=True)]
         axes.stairs(heights, MAGNITUDE_EDGES, fill=True, color="#c9d6e2")
-        for level in learnt.levels:
+        for level in learnt.levels if learnt.record.rotation == "none" else ():
             axes.axvline(level, color=_COLOURS[0], linewidth=0.9)
         axes.set_xlim(0.0, _right_end(learnt))
-        clip = f", clipped at {learnt.record.clip:.2g}" if learnt.record.clip else ""
-        axes.set_title(f"{name}, {learnt.bits} bits, step {learnt.step}{clip}", fontsize=9)
+        axes.set_title(f"{name}, {learnt.bits} bits, step {learnt.step}{_remark(learnt.record)}", fontsize=9)
         _plain(axes)
     figure.supxlabel("magnitude divided by its norm or clip value; lines: levels", fontsize=9)
     figure.supylabel("density", fontsize=9)
     return figure
+
+
+def _remark(record: LearntRecord) -> str:
+    """What a picture's title adds of clipping and rotation."""
+    if record.rotation != "none":
+        return "\nrotated: levels for normal coordinates"
+    return f", clipped at {record.clip:.2g}" if record.clip else ""
 
 
 def _newest_learnt(records: Sequence[StepRecord]) -> dict[str, _Learnt]:
@@ -164,14 +171,15 @@ def _newest_learnt(records: Sequence[StepRecord]) -> dict[str, _Learnt]:
 
 
 def _right_end(learnt: _Learnt) -> float:
-    """Where the axis ends: almost everything and at least half of the levels lie below."""
+    """Where the axis ends: almost everything and at least half of the levels drawn lie below."""
     beyond = learnt.record.shares[-1]
     if beyond > 0.0:
         return 1.02
     for cell in range(len(MAGNITUDE_EDGES) - 2, 0, -1):
         beyond += learnt.record.shares[cell]
         if beyond > _LEAST_SHARE:
-            return 1.02 * max(MAGNITUDE_EDGES[cell + 1], learnt.levels[len(learnt.levels) // 2])
+            half = learnt.levels[len(learnt.levels) // 2] if learnt.record.rotation == "none" else 0.0
+            return 1.02 * max(MAGNITUDE_EDGES[cell + 1], half)
     return 1.02
 
 

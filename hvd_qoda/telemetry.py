@@ -71,6 +71,8 @@ class LearntRecord:
     # statistics are; the last one is of those at or beyond 1. Zeros are left out.
     tail_index: float | None = None  # exponent gamma of a power law; None: no tail to fit it to
     clip: float = 0.0  # magnitude at which the codebook clips; 0: it does not
+    rotation: str = "none"  # of the codebook that was chosen; others than "none": its levels are for rotated buckets,
+    # the shares are of the gradients before they are rotated
 
     def __post_init__(self) -> None:
         if len(self.shares) != len(MAGNITUDE_EDGES):
@@ -79,7 +81,12 @@ class LearntRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values; `LearntRecord(**values)` inverts."""
-        return {"shares": list(self.shares), "tail_index": self.tail_index, "clip": self.clip}
+        return {
+            "shares": list(self.shares),
+            "tail_index": self.tail_index,
+            "clip": self.clip,
+            "rotation": self.rotation,
+        }
 
 
 @dataclass(frozen=True)

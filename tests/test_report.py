@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from hvd_qoda import cli
@@ -24,6 +26,7 @@ from hvd_qoda.telemetry import (
 )
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.magnitudes import MagnitudeStatistics
+from qoda_kernels.registry import CodebookRegistry, LayerSettings
 from qoda_kernels.statistics import HistogramStatistics, TruncatedNormalStatistics
 
 LEVELS = (0.0, 0.1, 0.4, 1.0)
@@ -109,6 +112,9 @@ def test_records_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     for entry in values["layer_types"]:
         del entry["learnt"]
     assert StepRecord.from_dict(values).layer_types[0].learnt is None
+    values = read_steps(tmp_path / "steps.jsonl")[1].to_dict()
+    del values["layer_types"][0]["learnt"]["rotation"]
+    assert StepRecord.from_dict(values).layer_types[0].learnt == LearntRecord(tuple([1.0 / 34] * 34), 3.7, 0.01)
 
 
 def test_every_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +137,34 @@ def test_pictures_without_data_are_named(tmp_path: Path, capsys: pytest.CaptureF
     assert "no levels.png: levels were not learnt" in text
     assert "no error.png: the quantization error was not measured" in text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bits.png", "bytes.png"]
+
+
+def test_a_run_that_chose_rotation_has_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = CodebookRegistry.build([("w", torch.zeros(51_200))], LayerSettings(4, levels="best", rounding="nearest"))
+    (key,) = registry.adaptive_keys
+    values = np.random.default_rng(1).standard_normal(51_200).astype(np.float32)
+    statistics = HistogramStatistics.gather(values, 512, "max")
+    book = registry.updated({key: statistics}).codebooks[key]
+    assert book.rotation == "hadamard"  # the best for normal coordinates
+    learnt = learnt_record(statistics, book)
+    assert learnt is not None
+    unrotated = learnt_record(statistics, Codebook.uniform(4))
+    assert unrotated is not None
+    assert (learnt.shares, learnt.rotation, unrotated.rotation) == (unrotated.shares, "hadamard", "none")
+
+    with Telemetry([JsonLinesSink(tmp_path / "steps.jsonl")]) as telemetry:
+        record = LayerTypeRecord(key, 4, 51_200, 204_800, 26_000, 0.01, book.levels, learnt)
+        telemetry.log_exchange(1, [record], registry_version=1)
+    drawn: list[float] = []
+    monkeypatch.setattr(Axes, "axvline", lambda axes, x, **style: drawn.append(x))
+    assert cli.main(["report", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["left_out"] == {}
+    assert (tmp_path / "levels.png").exists()
+    assert drawn == []  # its levels are not for these coordinates
+    assert read_steps(tmp_path / "steps.jsonl")[0].layer_types[0].learnt == learnt
 
 
 def test_a_missing_or_empty_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
