@@ -34,6 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--deepspeed", type=Path, metavar="PATH", help="DeepSpeed configuration; None: that of accelerate's launcher"
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with text files; None: text of scikit-learn's")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and gradients")
     parser.add_argument("--steps", type=positive, default=100, help="optimizer steps")
     parser.add_argument("--batch-size", type=positive, default=8, help="windows per process")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the optimizer")
@@ -94,6 +95,7 @@ def train_by_trainer(data: Windows, options: argparse.Namespace) -> tuple[Any, l
         save_strategy="no",
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
+        bf16=options.dtype == "bf16",
     )
     trainer = Trainer(model=make_model(options), args=arguments, train_dataset=data)
     trainer.train()
@@ -108,7 +110,8 @@ def train_by_accelerate(data: Windows, options: argparse.Namespace) -> tuple[Any
     plugin = None if options.deepspeed is None else DeepSpeedPlugin(hf_ds_config=str(options.deepspeed))
     # On CPUs accelerate knows of other processes only if the backend is named.
     handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
-    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
+    precision = "bf16" if options.dtype == "bf16" else "no"
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers, mixed_precision=precision)
     model = make_model(options)
     loader = torch.utils.data.DataLoader(data, batch_size=options.batch_size)
     # DeepSpeed makes the optimizer that its configuration names.
