@@ -136,6 +136,28 @@ def huffman(bits: int, weights: Sequence[int]) -> SliceCode:
     return SliceCode.of_prefix_code(bits, code)
 
 
+def coded_bits(bits: int, weights: Sequence[int]) -> float:
+    """Bits per coordinate of `huffman`'s code where levels occur as often as the weights say: the same on every rank.
+
+    Raises:
+        CodebookError: when the weights do not fit the code width.
+    """
+    code = huffman(bits, weights)
+    symbols = _symbol_weights(_check_weights(bits, weights), bits)
+    total = sum(weight * int(length) for weight, length in zip(symbols, code.lengths, strict=True))
+    return total / max(sum(symbols) * codes_per_symbol(bits), 1)
+
+
+def power_of_four(exponent: float) -> float:
+    """4^exponent, the exponent rounded to 1/64, by correctly rounded operations: the same on every rank."""
+    whole, rest = divmod(round(64 * exponent), 64)
+    power, root = math.ldexp(1.0, 2 * whole), 4.0
+    for place in (32, 16, 8, 4, 2, 1):
+        root = math.sqrt(root)
+        power *= root if rest & place else 1.0
+    return power
+
+
 def main_protocol(types: Mapping[str, tuple[int, Sequence[int]]]) -> dict[str, SliceCode]:
     """One code per layer type.
 

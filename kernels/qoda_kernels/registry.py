@@ -29,9 +29,9 @@ from torch import nn
 
 from qoda_kernels.bit_allocation import Budget, Candidate, allocate
 from qoda_kernels.codebook import EXACT_BITS, Codebook
-from qoda_kernels.entropy import level_weights
+from qoda_kernels.entropy import WEIGHT_TOTAL, coded_bits, level_weights, power_of_four
 from qoda_kernels.errors import CodebookError, RegistryError
-from qoda_kernels.gaussian import nearest_codebook, relative_error, stochastic_codebook
+from qoda_kernels.gaussian import level_probabilities, nearest_codebook, relative_error, stochastic_codebook
 from qoda_kernels.layer_types import layer_types, layer_types_of_named_parameters
 from qoda_kernels.levels import Distribution, minimum_variance_levels, quantization_variance, uniform_levels
 from qoda_kernels.magnitudes import MagnitudeStatistics
@@ -67,7 +67,8 @@ class LayerSettings:
             "laplace", which clip (`tails.py`), or 2^(bits-1) explicit magnitudes from 0 to 1. With rotation "adaptive"
             means those for normal coordinates (`gaussian.py`), which never change; "uniform" is the other choice.
             "best" chooses, at every update, what has the least error by the statistics: adaptive levels without
-            rotation, or rotated buckets, rounded to nearest only if `rounding` allows it; until then rotated ones.
+            rotation, or rotated buckets, rounded to nearest only if `rounding` allows it; until then rotated ones. With
+            entropy coding it chooses by the error per bit of the coded messages, also among uniform levels.
         rotation: "none" or "hadamard" (`rotation.py`): buckets of 128, 256, 512 or 1024 coordinates.
         rounding: "stochastic"; or "nearest" for rotated buckets, where `norm` has no meaning.
         tails: how codebooks that clip are fitted.
@@ -499,26 +500,33 @@ class CodebookRegistry:
         levels = minimum_variance_levels(gathered, bits, previous=base.levels, **effort)
         return base.with_levels([float(level) for level in levels], version)
 
-    @staticmethod
     def _best(
-        settings: LayerSettings, old: Codebook, gathered: Distribution | MagnitudeStatistics, version: int
+        self, settings: LayerSettings, old: Codebook, gathered: Distribution | MagnitudeStatistics, version: int
     ) -> Codebook:
         """The candidate with the least expected error of the mean over the ranks.
 
         Errors of rotated buckets are the same share of the squared norm whatever the gradient (`gaussian.py`), so the
-        statistics tell them all.
+        statistics tell them all. Where messages are entropy-coded, candidates differ in bits, too, and equal steps are
+        among them: they have larger errors, and codes so much shorter that another width more than makes up for it. A
+        bit more divides errors by four, so the least error times 4^bits is taken.
         """
+        candidates = settings.candidates
+        if self.coding != "fixed":
+            equal_steps = (dataclasses.replace(each, levels="uniform") for each in (candidates[0], candidates[-1]))
+            candidates = (*candidates, *equal_steps)
         found: list[tuple[float, Codebook]] = []
-        for candidate in settings.candidates:
+        for candidate in candidates:
             book = candidate.codebook()
             levels: Sequence[float] = book.levels
-            if candidate.rotation == "none":
+            if candidate.rotation == "none" and candidate.levels == "adaptive":
                 is_start = old.rotation == "none" and old.bits == book.bits
                 start = old.levels if is_start else book.levels
                 levels = minimum_variance_levels(cast(Distribution, gathered), book.bits, previous=start).tolist()
-            book = book.with_levels(levels, version)
+            book = _coded(book.with_levels(levels, version), self.coding, gathered)
             is_cancelling = settings.is_stratified and candidate.rounding == "stochastic"
-            found.append((_squared_error(book, gathered) * (STRATIFIED_SHARE if is_cancelling else 1.0), book))
+            error = _squared_error(book, gathered) * (STRATIFIED_SHARE if is_cancelling else 1.0)
+            bits = coded_bits(book.bits, book.weights) if book.weights else float(book.bits)
+            found.append((error * power_of_four(bits), book))
         return min(found, key=lambda pair: pair[0])[1]
 
     def _restored_codebook(self, fields: Mapping[str, Any]) -> Codebook:
@@ -579,7 +587,9 @@ def _coded(codebook: Codebook, coding: str, gathered: Distribution | MagnitudeSt
     """The codebook with the weights of its entropy code, from statistics or, without any, of normal coordinates."""
     if coding == "fixed" or not codebook.may_be_coded:
         return dataclasses.replace(codebook, weights=()) if codebook.weights else codebook
-    if gathered is None or isinstance(gathered, MagnitudeStatistics) or codebook.rotation != "none":
+    if codebook.rounding == "nearest":
+        weights = tuple(int(weight) for weight in np.rint(level_probabilities(codebook) * WEIGHT_TOTAL))
+    elif gathered is None or isinstance(gathered, MagnitudeStatistics) or codebook.rotation != "none":
         weights = _normal_weights(codebook.levels, codebook.bucket_size, codebook.norm)
     else:
         weights = level_weights(codebook.levels, gathered)

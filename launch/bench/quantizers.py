@@ -10,10 +10,10 @@ Methods: ours (names begin with "ours-"): levels of least variance per layer typ
 with Huffman-coded messages ("-coded"), with the workers' random numbers stratified ("-stratified"), or with planned
 bits per layer ("ours-auto", budget: the bytes of equal bits); rotated buckets, rounded at random ("ours-rotation") or
 to nearest with EDEN's scale ("ours-rotation-nearest", with Lloyd's and Max's levels or uniform ones, "-uniform"); the
-least error of these by the statistics ("ours-best"); and the schemes that clip ("ours-tuq", ...). QSGD
-(uniform levels, buckets of 512, maximum norm), NUQSGD (exponential levels, L2 norm), ALQ's procedure (levels of least
-variance from truncated normals, one codebook for all layers, buckets of 8192, L2 norm). The rest is described in
-`launch/bench/rival_quantizers.py`.
+least error of these by the statistics ("ours-best"), or the least per bit of coded messages ("ours-best-coded"); and
+the schemes that clip ("ours-tuq", ...). QSGD (uniform levels, buckets of 512, maximum norm), NUQSGD (exponential
+levels, L2 norm), ALQ's procedure (levels of least variance from truncated normals, one codebook for all layers, buckets
+of 8192, L2 norm). The rest is described in `launch/bench/rival_quantizers.py`.
 
 The summary compares at each width, of one worker and of the mean over the workers: our best method with fixed-length
 codes and with entropy coding, the best of the papers that this project follows (QSGD, NUQSGD, ALQ and QODA's levels,
@@ -138,7 +138,12 @@ def measure(gradients: Gradients, seed: int, pattern: str = "*") -> list[Measure
                 continue
             rules = one if method == "ALQ" else types
             registry = CodebookRegistry.build(
-                narrowed, codec.settings, rules, per_layer=codec.planning is not None, planning=codec.planning
+                narrowed,
+                codec.settings,
+                rules,
+                per_layer=codec.planning is not None,
+                planning=codec.planning,
+                coding=codec.coding,
             )
             registry, statistics = learn(registry, gradients.before, method == "ALQ")
             for suffix, is_coded, is_stratified in codec.variants:
@@ -156,6 +161,7 @@ class _Method:
 
     settings: LayerSettings
     planning: BitPlanning | None = None
+    coding: str = "fixed"
     variants: tuple[tuple[str, bool, bool], ...] = (("", False, False),)
 
 
@@ -166,6 +172,7 @@ _STRATIFIED = (("-stratified", False, True), ("-stratified-coded", True, True))
 def _codecs_methods(bits: int) -> dict[str, _Method]:
     """What the codec measures at one width, by name."""
     nearest = LayerSettings(bits, rotation="hadamard", rounding="nearest")
+    best = LayerSettings(bits, levels="best", rounding="nearest")
     methods = {
         "QSGD": _Method(LayerSettings(bits, levels="uniform")),
         "NUQSGD": _Method(LayerSettings(bits, norm="l2", levels="exponential")),
@@ -175,18 +182,19 @@ def _codecs_methods(bits: int) -> dict[str, _Method]:
         "ours-rotation": _Method(LayerSettings(bits, rotation="hadamard"), variants=_STRATIFIED[:1]),
         "ours-rotation-nearest": _Method(nearest),
         "ours-rotation-nearest-uniform": _Method(replace(nearest, levels="uniform"), variants=_CODED[1:]),
-        "ours-best": _Method(LayerSettings(bits, levels="best", rounding="nearest")),
+        "ours-best": _Method(best),
+        "ours-best-coded": _Method(best, coding="huffman"),
     }
     for scheme in ("tuq", "tnq", "tbq", "laplace"):
         methods[f"ours-{scheme}"] = _Method(LayerSettings(bits, levels=scheme))
     if bits < max(BITS):  # at the largest width nothing is left to plan
         planning, bounds = BitPlanning("bytes", bits), {"min_bits": min(BITS), "max_bits": max(BITS)}
-        methods["ours-auto"] = _Method(LayerSettings(bits, **bounds), planning, _CODED + _STRATIFIED)
+        methods["ours-auto"] = _Method(LayerSettings(bits, **bounds), planning, variants=_CODED + _STRATIFIED)
         methods["ours-auto-rotation-nearest"] = _Method(replace(nearest, **bounds), planning)
         uniform = replace(nearest, levels="uniform", **bounds)
-        methods["ours-auto-rotation-nearest-uniform"] = _Method(uniform, planning, _CODED[1:])
-        best = LayerSettings(bits, levels="best", rounding="nearest", **bounds)
-        methods["ours-auto-best"] = _Method(best, planning)
+        methods["ours-auto-rotation-nearest-uniform"] = _Method(uniform, planning, variants=_CODED[1:])
+        methods["ours-auto-best"] = _Method(replace(best, **bounds), planning)
+        methods["ours-auto-best-coded"] = _Method(replace(best, **bounds), planning, "huffman")
     return methods
 
 
@@ -219,7 +227,8 @@ def through_the_codec(
 
     Args:
         registry: of the parameters `kept`.
-        statistics: from which it has learnt, for entropy-coded messages; None for fixed length.
+        statistics: from which it has learnt, for entropy-coded messages; None for the codes that the codebooks carry,
+            or for fixed length.
         now: each worker's gradients.
         kept: the parameters to quantize.
         seed: of random rounding.
@@ -231,14 +240,15 @@ def through_the_codec(
     ]
     plan = MessagePlan.build(slices, registry.codebooks)
     codec = Codec(plan, registry.codebooks)
-    coder = None
     if statistics is not None:
         weights = {
             key: (book.bits, _weights(book, statistics.get(key)))
             for key, book in registry.codebooks.items()
             if not book.is_exact
         }
-        coder = MessageCoder(plan, entropy.main_protocol(weights))
+    else:
+        weights = {key: (book.bits, book.weights) for key, book in registry.codebooks.items() if book.weights}
+    coder = MessageCoder(plan, entropy.main_protocol(weights)) if weights else None
     decoded, sent = [], 0.0
     for rank, worker in enumerate(now):
         context = MessageContext(seed, 1, rank, 0, registry.version, rank, 0, len(now) if is_stratified else 1)

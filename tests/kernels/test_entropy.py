@@ -525,6 +525,20 @@ class TestAns:
             assert TestDamage().check(code, data[:size].copy(), packed.size)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_expected_bits_of_coded_coordinates(bits: int) -> None:
+    weights = weights_for(bits)
+    code = entropy.huffman(bits, weights)
+    expected = code.expected_length(np.array(weights) / sum(weights))
+    assert entropy.coded_bits(bits, weights) == pytest.approx(expected, rel=1e-12)
+
+
+@given(exponent=st.floats(0.0, 10.0))
+def test_powers_of_four_are_near(exponent: float) -> None:
+    assert entropy.power_of_four(exponent) == pytest.approx(4.0**exponent, rel=0.012)
+    assert entropy.power_of_four(round(exponent)) == 4.0 ** round(exponent)
+
+
 def test_ans_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "constriction", None)
     with pytest.raises(CodebookError, match="pip install constriction"):

@@ -10,11 +10,15 @@ import torch
 from torch import nn
 
 from qoda_kernels.codebook import Codebook
+from qoda_kernels.codec import Codec
+from qoda_kernels.coded_message import CodedMessages
+from qoda_kernels.entropy import coded_bits, coordinate_entropy
 from qoda_kernels.errors import CodebookError, RegistryError
-from qoda_kernels.gaussian import nearest_codebook, stochastic_codebook
+from qoda_kernels.gaussian import level_probabilities, nearest_codebook, relative_error, stochastic_codebook
 from qoda_kernels.levels import exponential_levels, quantization_variance, uniform_levels
 from qoda_kernels.registry import CodebookRegistry, LayerRule, LayerSettings, differences
 from qoda_kernels.statistics import HistogramStatistics
+from tests.kernels.codebooks import context, single_slice_plan
 
 UNIFORM = LayerSettings(levels="uniform")
 
@@ -330,6 +334,40 @@ def test_the_best_is_chosen_for_each_type(rounding, is_stratified, dense):
     assert swapped.codebooks[second].rotation == "none"
     with pytest.raises(CodebookError, match="choose the rotation themselves"):
         LayerSettings(levels="best", rotation="hadamard").codebook()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5])
+def test_codes_of_rotated_buckets_rounded_to_nearest_come_near_their_entropy(bits):
+    settings = LayerSettings(bits, levels="uniform", rotation="hadamard", rounding="nearest")
+    (book,) = CodebookRegistry.build([("w", torch.zeros(64, 512))], settings, coding="huffman").codebooks.values()
+    gradient = torch.from_numpy(np.random.default_rng(1).standard_t(3, 64 * 512).astype(np.float32))
+    codec = Codec(single_slice_plan(gradient.numel(), book), {"other": book})
+    coded = CodedMessages(codec, {"other": book})
+    out = torch.empty(coded.maximum_bytes, dtype=torch.uint8)
+    sent = coded.shorten(codec.encode([gradient], context()), context(), out)
+    expected = coordinate_entropy(level_probabilities(book)) + 32 / 512  # and the norms
+    assert 8 * sent / gradient.numel() < 1.06 * expected
+
+
+def test_the_best_is_chosen_by_the_error_per_bit_where_messages_are_coded():
+    """Equal steps have larger errors and shorter codes: with fixed length they lose, coded they win."""
+    statistics = histogram_of(np.random.default_rng(0).standard_t(3, 50_000))
+    chosen = {}
+    for coding in ("fixed", "huffman"):
+        for rounding in ("stochastic", "nearest"):
+            settings = LayerSettings(bits=5, levels="best", rounding=rounding)
+            start = CodebookRegistry.build([("w", torch.zeros(100, 500))], settings, coding=coding)
+            after = start.updated(dict.fromkeys(start.adaptive_keys, statistics))
+            (chosen[coding, rounding],) = after.codebooks.values()
+            assert start.restored(json.loads(json.dumps(after.state_dict()))).digest == after.digest
+    fixed, coded = chosen["fixed", "nearest"], chosen["huffman", "nearest"]
+    assert (fixed.rounding, coded.rounding) == ("nearest", "nearest")
+    assert coded.levels == nearest_codebook(5, True, 512, "fp32").levels
+    bits = coded_bits(5, coded.weights)
+    assert bits < 4.0
+    assert relative_error(coded) * 4**bits < 0.6 * relative_error(fixed) * 4**5
+    assert chosen["huffman", "stochastic"].rounding == "stochastic"
+    assert chosen["huffman", "stochastic"].weights
 
 
 def test_tensor_under_two_names_is_refused():
