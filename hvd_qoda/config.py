@@ -253,7 +253,8 @@ class QodaConfig(_Model):
     - `norm_format`: how norms travel, "fp32" or "bf16" (rounded up). Default "fp32".
     - `levels`: "uniform", "exponential", "adaptive" (least variance), "tuq", "tnq", "tbq" or "laplace" (clipped, for
       heavy tails; biased), "best" (at every update, per layer type, what has the least error: "adaptive" or rotated
-      buckets; rounded to nearest only with rounding="nearest") or 2^(bits-1) numbers. Default "adaptive".
+      buckets; rounded to nearest only with rounding="nearest"; with entropy coding, per bit of the coded messages, and
+      also among uniform levels) or 2^(bits-1) numbers. Default "adaptive".
     - `tails`: how levels that clip are fitted: `optimum`, `gmin`, `tail_share` (see `Tails`).
     - `rotation`: "none", or "hadamard": buckets (128, 256, 512 or 1024 coordinates) are rotated at random, the same on
       every rank, before they are quantized: then one codebook suits all gradients. Default "none".
