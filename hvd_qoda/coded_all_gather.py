@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hvd_qoda.errors import ConfigError, WireError
-from hvd_qoda.exchange import AllGatherExchange, Stamp, check_not_refused, under_way, write_refusal
+from hvd_qoda.exchange import AllGatherExchange
+from hvd_qoda.shares import Stamp, check_not_refused, under_way, write_refusal
 from hvd_qoda.traffic import all_gather_bytes
 from hvd_qoda.transport import Handle, Transport, wait_until
 from qoda_kernels.codebook import Codebook

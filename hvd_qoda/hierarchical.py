@@ -15,23 +15,22 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hvd_qoda.errors import QodaError, RankMismatchError, UnsupportedError, WireError
-from hvd_qoda.exchange import (
-    AllGatherExchange,
-    Exchange,
+from hvd_qoda.exchange import AllGatherExchange, Exchange, ReduceScatterExchange, exchange_by_bytes
+from hvd_qoda.hosts import Hosts, SubgroupTransport
+from hvd_qoda.shares import (
     OwnMessage,
-    ReduceScatterExchange,
     Share,
+    Shares,
     Stamp,
-    check_not_refused,
-    exchange_by_bytes,
+    empty_tensors,
     in_float32,
     pieces_of,
     replanned,
     under_way,
+    with_dtypes_of,
     write_refusal,
 )
-from hvd_qoda.hosts import Hosts, SubgroupTransport
-from hvd_qoda.traffic import all_gather_bytes, all_to_all_bytes
+from hvd_qoda.traffic import all_gather_bytes
 from hvd_qoda.transport import Handle, Transport, wait_until
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
@@ -71,16 +70,14 @@ class HierarchicalExchange:
         self._local = SubgroupTransport(transport, hosts.local(transport.rank))
         self._wide = in_float32(plan, codebooks)
         quantized = self._wide.split(self._local.size)
-        self._shares = [_exact_share(self._wide, part, threads) for part in quantized]
+        self._shares = Shares([_exact_share(self._wide, part, threads) for part in quantized], self._local)
         # One kind for all shares, because the ranks start the same collectives.
         kinds = {exchange_by_bytes(part, codebooks, cross.size) for part in quantized}
         across = AllGatherExchange if kinds == {"allgather"} else ReduceScatterExchange
         own = quantized[self._local.rank]
         self._across: Exchange = across(own, codebooks, cross, f"{name}.between_hosts", threads)
-        self._mean = [torch.empty(segment.slice.length, dtype=segment.slice.dtype) for segment in own.segments]
-        self._bytes = [share.plan.message_bytes for share in self._shares]
-        self._message = torch.empty(sum(self._bytes), dtype=torch.uint8)
-        self._mean_message = torch.empty(self._bytes[self._local.rank], dtype=torch.uint8)
+        self._mean = empty_tensors(own)
+        self._mean_message = torch.empty(self._shares.own.plan.message_bytes, dtype=torch.uint8)
         self._stamp = Stamp(0, 0, 0)
         self._first: Handle | None = None
         self._is_across = False
@@ -90,8 +87,7 @@ class HierarchicalExchange:
     @property
     def sent_bytes(self) -> int:
         """See `Exchange`; between the ranks of a host and between hosts."""
-        rank, size = self._local.rank, self._local.size
-        inside = all_to_all_bytes(self._bytes, rank) + all_gather_bytes(self._bytes[rank], size)
+        inside = self._shares.sent_bytes + all_gather_bytes(self._mean_message.numel(), self._local.size)
         return inside + self._across.sent_bytes
 
     @property
@@ -114,17 +110,12 @@ class HierarchicalExchange:
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
         self._stamp = stamp
-        place = self._local.rank
-        wide = [tensor.to(s.slice.dtype) for tensor, s in zip(values, self._wide.segments, strict=True)]
-        for owner, (share, message) in enumerate(zip(self._shares, self._message.split(self._bytes), strict=True)):
-            parts = [piece.of(wide) for piece in share.pieces]
-            share.codec.encode(parts, stamp.context(0, place, owner), out=message)
+        self._shares.encode(with_dtypes_of(self._wide, values), stamp)
         self._send()
 
     def start_refused(self, reason: str) -> None:
         """See `Exchange`."""
-        for message in self._message.split(self._bytes):
-            write_refusal(message, reason)
+        self._shares.refuse(reason)
         self._send()
 
     def advance(self) -> bool:
@@ -148,9 +139,7 @@ class HierarchicalExchange:
         messages = handle.wait()
         if self._failure is not None:
             raise self._failure
-        for owner, (share, message) in enumerate(zip(self._shares, messages, strict=True)):
-            check_not_refused(message, owner)
-            share.decode(message, self._stamp.context(1, owner, owner), out, scale)
+        self._shares.decode_means(messages, self._stamp, out, scale)
 
     def drop(self) -> None:
         """See `Exchange`."""
@@ -173,18 +162,12 @@ class HierarchicalExchange:
 
     def _send(self) -> None:
         self._last, self._is_across, self._failure = None, False, None
-        received = [self._bytes[self._local.rank]] * self._local.size
-        self._first = self._local.start_all_to_all(self._message, self._bytes, received, f"{self._name}.to_owners")
+        self._first = self._shares.send(f"{self._name}.to_owners")
 
     def _start_across(self, messages: Sequence[torch.Tensor]) -> None:
         """The host's mean of this rank's share, from phase 1 to phase 2."""
-        place, size = self._local.rank, self._local.size
-        contexts = [self._stamp.context(0, source, place) for source in range(size)]
-        share = self._shares[place]
         try:
-            for source, message in enumerate(messages):
-                check_not_refused(message, source)
-            share.codec.decode_mean(messages, contexts, out=self._mean, scale=1.0 / size)
+            self._shares.decode_own_mean(messages, self._stamp, self._mean)
             self._across.start(self._mean, self._stamp)
         except (WireError, RankMismatchError) as error:
             # The other hosts are waiting for this one's share.
@@ -200,10 +183,10 @@ class HierarchicalExchange:
         except (WireError, RankMismatchError) as error:
             self._failure = self._failure or error
         if self._failure is None:
-            self._shares[place].codec.encode(self._mean, self._stamp.context(1, place, place), out=self._mean_message)
+            self._shares.own.codec.encode(self._mean, self._stamp.context(1, place, place), out=self._mean_message)
         else:
             write_refusal(self._mean_message, str(self._failure))
-        self._last = self._local.start_all_gather(self._mean_message, self._bytes, f"{self._name}.from_owners")
+        self._last = self._local.start_all_gather(self._mean_message, self._shares.sizes, f"{self._name}.from_owners")
 
     def _wait_for_last_phase(self) -> None:
         local = self._local

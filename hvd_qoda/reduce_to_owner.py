@@ -9,18 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hvd_qoda.errors import PlanError
-from hvd_qoda.exchange import (
-    OwnMessage,
-    Piece,
-    Share,
-    Stamp,
-    check_not_refused,
-    replanned,
-    under_way,
-    used_codebooks,
-    write_refusal,
-)
-from hvd_qoda.traffic import all_to_all_bytes
+from hvd_qoda.shares import OwnMessage, Piece, Share, Shares, Stamp, replanned, under_way, used_codebooks
 from hvd_qoda.transport import Handle, Transport
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
@@ -63,7 +52,6 @@ class ReduceToOwnerExchange:
         self._owners = tuple(owners)
         self._transport = transport
         self._threads = threads
-        self._bytes: list[int] = []
         self.use_codebooks(codebooks)
         self._handle: Handle | None = None
         self._stamp = Stamp(0, 0, 0)
@@ -71,7 +59,7 @@ class ReduceToOwnerExchange:
     @property
     def sent_bytes(self) -> int:
         """See `Exchange`."""
-        return all_to_all_bytes(self._bytes, self._transport.rank)
+        return self._shares.sent_bytes
 
     @property
     def has_own_message(self) -> bool:
@@ -82,26 +70,18 @@ class ReduceToOwnerExchange:
         """See `Exchange`."""
         self._codebooks = codebooks
         self.plan = replanned(self.plan, codebooks)
-        self._shares = self._make_shares(codebooks)
-        sizes = [share.plan.message_bytes for share in self._shares]
-        if sizes != self._bytes:
-            self._bytes = sizes
-            self._message = torch.empty(sum(sizes), dtype=torch.uint8)
+        self._shares = Shares(self._make_shares(codebooks), self._transport)
 
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
         self._stamp = stamp
-        rank, size = self._transport.rank, self._transport.size
-        for owner, (share, message) in enumerate(zip(self._shares, self._message.split(self._bytes), strict=True)):
-            parts = [piece.of(values) for piece in share.pieces]
-            share.codec.encode(parts, stamp.context(0, rank, owner, size), out=message)
-        self._send()
+        self._shares.encode(values, stamp, self._transport.size)
+        self._handle = self._shares.send(self.waiting_for)
 
     def start_refused(self, reason: str) -> None:
         """See `Exchange`."""
-        for message in self._message.split(self._bytes):
-            write_refusal(message, reason)
-        self._send()
+        self._shares.refuse(reason)
+        self._handle = self._shares.send(self.waiting_for)
 
     def advance(self) -> bool:
         """See `Exchange`."""
@@ -114,14 +94,8 @@ class ReduceToOwnerExchange:
     def finish(self, out: Sequence[torch.Tensor], scale: float = 1.0) -> None:
         """See `Exchange`; only the tensors of the segments that this rank keeps are written."""
         handle, self._handle = under_way(self._handle), None
-        messages = handle.wait()
-        rank, size = self._transport.rank, self._transport.size
-        share = self._shares[rank]
-        for source, message in enumerate(messages):
-            check_not_refused(message, source)
-        contexts = [self._stamp.context(0, source, rank) for source in range(size)]
-        targets = [piece.of(out) for piece in share.pieces]
-        share.codec.decode_mean(messages, contexts, out=targets, scale=scale / size)
+        targets = [piece.of(out) for piece in self._shares.own.pieces]
+        self._shares.decode_own_mean(handle.wait(), self._stamp, targets, scale)
 
     def drop(self) -> None:
         """See `Exchange`."""
@@ -131,15 +105,11 @@ class ReduceToOwnerExchange:
 
     def own_message(self) -> OwnMessage:
         """See `Exchange`."""
-        return self._own_message(self._message.clone(), self._stamp, self._shares, self._codebooks)
+        return self._own_message(self._shares.messages.clone(), self._stamp, self._shares.shares, self._codebooks)
 
     def restore_own_message(self, message: torch.Tensor, stamp: Stamp, codebooks: Mapping[str, Codebook]) -> OwnMessage:
         """See `Exchange`."""
         return self._own_message(message, stamp, self._make_shares(codebooks), codebooks)
-
-    def _send(self) -> None:
-        received = [self._bytes[self._transport.rank]] * self._transport.size
-        self._handle = self._transport.start_all_to_all(self._message, self._bytes, received, self.waiting_for)
 
     def _own_message(
         self, message: torch.Tensor, stamp: Stamp, shares: tuple[Share, ...], codebooks: Mapping[str, Codebook]
