@@ -13,6 +13,8 @@ their messages are encoded and decoded by the real codec. Methods:
     ours-stratified     the same, the clients' random numbers stratified
     ours-rotation       buckets of 512 rotated at random, rounded to nearest, EDEN's scale
     ours-tnq-feedback   TNQ, expected optimum, with error feedback
+    ours-rotation-feedback        ours-rotation with error feedback
+    ours-least-squares-feedback   the same without EDEN's scale: the biased codebook of least squared error
 
 The papers' s is 2^b - 1 intervals without a point at 0; code words here have a true zero and 2^b - 2 intervals. The
 paper does not give batch size, learning rate and how often alpha is fitted: see the options; the learning rate was
@@ -42,6 +44,7 @@ from launch.train.options import HelpFormatter, positive
 from launch.train.summary import write_json
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
+from qoda_kernels.gaussian import relative_error
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.magnitudes import MagnitudeStatistics
 from qoda_kernels.registry import CodebookRegistry, LayerSettings
@@ -59,6 +62,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "ours-stratified": {"levels": "adaptive"},
     "ours-rotation": {"rotation": "hadamard", "rounding": "nearest"},
     "ours-tnq-feedback": {"levels": "tnq"},
+    "ours-rotation-feedback": {"rotation": "hadamard", "rounding": "nearest"},
+    "ours-least-squares-feedback": {"rotation": "hadamard", "rounding": "nearest"},
 }
 METHODS = ("fp32", *_UNCLIPPED, *_SETTINGS)
 _BATCH = 1000
@@ -142,6 +147,9 @@ class Clients:
             context = MessageContext(seed, step, rank, 0, 0, rank, 0, strata)
             message = codec.encode([own[name] for name in self.quantized], context)
             decoded.append(dict(zip(self.quantized, codec.decode_mean([message], [context]), strict=True)))
+            if self._method == "ours-least-squares-feedback":
+                for name in self.quantized:
+                    decoded[-1][name] *= _least_squares_scale(books[self.registry.parameters[name].codebook])
             self.sent_bits += 8.0 * message.numel() / plan.coordinates / count
             if self._method.endswith("feedback"):
                 for name in self.quantized:
@@ -183,6 +191,15 @@ class Clients:
                 found = truncation(model, _UNCLIPPED[self._method], self._options.bits, clip=largest)  # type: ignore[arg-type]  # a scheme
                 books[key] = books[key].with_levels(found.levels.tolist(), 1, largest)
         return books
+
+
+def _least_squares_scale(book: Codebook) -> float:
+    """By what decoded values of rotated buckets are multiplied for the least squared error; norms could carry it.
+
+    EDEN's scale S makes <x, S q> = |x|^2 with an expected error e |x|^2, so |S q|^2 = (1 + e) |x|^2: the least error of
+    c S q is at c = 1 / (1 + e), and is e / (1 + e).
+    """
+    return 1.0 / (1.0 + relative_error(book))
 
 
 def train(method: str, seed: int, dataset: Dataset, options: argparse.Namespace) -> dict[str, Any]:

@@ -8,8 +8,17 @@ import pytest
 
 pytest.importorskip("horovod.torch")
 
-from launch.bench import biased_games, layer_wise, quantizers, record_gradients, rival_quantizers, tail_sensitivity
+from launch.bench import (
+    biased_games,
+    layer_wise,
+    planned_bits,
+    quantizers,
+    record_gradients,
+    rival_quantizers,
+    tail_sensitivity,
+)
 from launch.train import heavy_tails
+from tests.kernels.codebooks import round_trip
 
 GAUSSIAN = np.random.default_rng(0).standard_normal(16_384).astype(np.float32)
 
@@ -92,16 +101,49 @@ def test_recording_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_heavy_tails_runs_once_and_keeps_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ["--clients", "2", "--iterations", "3", "--batch-size", "4", "--runs", str(tmp_path / "runs.json")]
-    few += ["--methods", "fp32", "NQSGD", "ours-tnq-feedback", "--json", str(tmp_path / "table.json")]
+    methods = ["fp32", "NQSGD", "ours-tnq-feedback", "ours-least-squares-feedback"]
+    few += ["--methods", *methods, "--json", str(tmp_path / "table.json")]
     monkeypatch.setattr(heavy_tails, "SmallAlexNet", _Tiny)
     assert heavy_tails.main(few) == 0
     monkeypatch.setattr(heavy_tails, "train", None)  # not called again
     assert heavy_tails.main(few) == 0
     rows = json.loads((tmp_path / "table.json").read_text())
-    assert [row["method"] for row in rows] == ["fp32", "NQSGD", "ours-tnq-feedback"]
+    assert [row["method"] for row in rows] == methods
     assert rows[1]["bits"] == 3
     assert 3.0 < rows[1]["bits_on_wire"] < 3.3
     assert heavy_tails.main([*few, "--lr", "0.5"]) == 2
+
+
+def test_planned_bits_are_compared_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {("fp32", 3): 2.0, ("fp32", 4): 3.0, ("5 bits", 3): 2.1, ("5 bits", 4): 2.9}
+
+    def train(method: str, seed: int, options: object) -> dict[str, object]:
+        sent = None if method == "fp32" else 100.0
+        loss = losses.pop((method, seed))  # each once
+        fields = {"train_loss": loss, "test_loss": loss, "bytes_per_step": sent, "bytes_of_the_last_step": sent}
+        return {"method": method, "seed": seed, **fields}
+
+    monkeypatch.setattr(planned_bits, "train", train)
+    few = ["--seed", "3", "--seeds", "2", "--methods", "fp32", "5 bits", "--json", str(tmp_path / "bits.json")]
+    assert planned_bits.main(few) == 0
+    assert planned_bits.main(few) == 0
+    exact, quantized = json.loads((tmp_path / "bits.json").read_text())["rows"]
+    assert exact["test_loss"] == pytest.approx([2.5, 0.5])
+    assert quantized["test_loss_minus_fp32"] == pytest.approx([0.0, 0.1])
+    assert quantized["bytes_per_step_of_equal_bits"] == 1.0
+    assert planned_bits.main([*few, "--steps", "9"]) == 2
+
+
+def test_least_squares_scale_takes_error_from_unbiased_values() -> None:
+    (book,) = heavy_tails.CodebookRegistry.build(
+        [("w", heavy_tails.torch.zeros(GAUSSIAN.size))],
+        heavy_tails.LayerSettings(2, rotation="hadamard", rounding="nearest"),
+    ).codebooks.values()
+    found = round_trip(GAUSSIAN, book)
+    scaled = heavy_tails._least_squares_scale(book) * found
+    power = float((GAUSSIAN**2).sum())
+    unbiased, biased = (float(((values - GAUSSIAN) ** 2).sum()) / power for values in (found, scaled))
+    assert biased == pytest.approx(unbiased / (1 + unbiased), rel=0.01)
 
 
 def test_layers_of_unlike_scale_gain_from_codebooks_and_bits_of_their_own() -> None:
