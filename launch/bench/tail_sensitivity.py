@@ -12,6 +12,7 @@ step itself finds for levels of the fitted density.
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,6 @@ import numpy as np
 
 from launch.bench.quantizers import Gradients, all_gradients
 from launch.train.options import HelpFormatter
-from launch.train.summary import write_json
 from qoda_kernels.magnitudes import MagnitudeStatistics
 from qoda_kernels.registry import DEFAULT_MIN_NUMEL
 from qoda_kernels.tails import (
@@ -165,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(summary(found))
     if options.json is not None:
-        write_json(options.json, [{**asdict(row), "error": float(f"{row.error:.5g}")} for row in found])
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps({**asdict(row), "error": float(f"{row.error:.5g}")}) for row in found)
+        options.json.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     return 0
 
 
