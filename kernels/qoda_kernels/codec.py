@@ -9,21 +9,31 @@ microseconds and what the kernels need, for one segment as for hundreds.
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from qoda_kernels import cpu
+from qoda_kernels import cpu, tasks
 from qoda_kernels.codebook import ROWS, Codebook
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Segment
 from qoda_kernels.reference import rounding_table, signed_levels
 from qoda_kernels.rotation import RotationKey
+from qoda_kernels.tasks import (
+    TaskRow,
+    TaskTable,
+    decode_context,
+    decode_task,
+    encode_context,
+    encode_task,
+    float32_bits,
+    sum_context,
+    sum_task,
+)
 from qoda_kernels.wire import Header, MessageContext, check_header, fold_checksum, message_digest, pack_header
 from qoda_kernels.worker_threads import WorkerThreads
 
@@ -33,8 +43,8 @@ _KINDS = {
     torch.bfloat16: cpu.BFLOAT16,
     torch.float64: cpu.FLOAT64,
 }
-_SMALLEST_SHARE = 65_536  # coordinates that are worth a call of a kernel on their own
-_SHARES_PER_THREAD = 4  # so that a thread that comes late, or is slow, delays the others little
+_SMALLEST_SHARE = 16_384  # coordinates that are worth a call of a kernel on their own
+_SHARES_PER_THREAD = 8  # so that a thread that comes late, or is slow, delays the others little
 _SMALLEST_SUMMED_SHARE = 2**19  # bytes of a payload, likewise: sums go at many gigabytes a second
 
 
@@ -51,16 +61,6 @@ class _Group:
     codebook: str
     dtype: torch.dtype
     parts: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A kernel, the parts it works on, the arguments that never change, and whether it takes a rotation's key."""
-
-    kernel: Callable[..., Any]
-    parts: npt.NDArray[np.int64]
-    fixed: tuple[Any, ...]
-    rotates: bool = False
 
 
 class Codec:
@@ -90,7 +90,7 @@ class Codec:
                     "build a new plan"
                 )
         self._wanted = [(segment.slice.length, segment.slice.dtype) for segment in plan.segments]
-        self._encode_calls: dict[bool, list[list[_Call]]] = {}
+        self._encode_tables: dict[bool, TaskTable] = {}
         digest = hashlib.blake2b(plan.digest, digest_size=8)
         for key in sorted(self._codebooks):
             digest.update(self._codebooks[key].digest)
@@ -118,18 +118,13 @@ class Codec:
         message = torch.empty(self.plan.message_bytes, dtype=torch.uint8) if out is None else out
         if not self._is_message(message):
             raise PlanError(f"the message buffer must be a contiguous CPU uint8 [{self.plan.message_bytes}]")
-        key, rotation = context.key(), context.rotation_key()
-        addresses = _addresses(values)
+        key = context.key()
+        rotation = context.rotation_key().packed if self._rotates else 0
         begin = message.data_ptr()
-        totals: list[int] = []
-
-        def run(calls: list[_Call]) -> None:
-            for call in calls:
-                words = (key.words, rotation.words) if call.rotates else (key.words,)
-                totals.append(call.kernel(addresses, call.parts, begin, *words, *call.fixed))
-
-        self._threads.run(run, self._encoders(key.strata > 1))
-        ctypes.memmove(begin, self._header_bytes(context, fold_checksum(sum(totals))), HEADER_BYTES)
+        table = self._encoders(key.strata > 1)
+        words = encode_context(table, begin, key.packed, rotation, [tensor.data_ptr() for tensor in values])
+        total = self._threads.run(encode_task(), words, table.count)
+        ctypes.memmove(begin, self._header_bytes(context, fold_checksum(total)), HEADER_BYTES)
         return message
 
     def decode_mean(
@@ -161,16 +156,11 @@ class Codec:
             self._check_message(message, context)
         results = [torch.empty(length, dtype=dtype) for length, dtype in self._wanted] if out is None else list(out)
         self._check_tensors(results)
-        received, written = _addresses(messages), _addresses(results)
-        factor = float(np.float32(1.0 / len(messages) if scale is None else scale))
-        rotation = common_rotation(contexts) if self._rotates else contexts[0].rotation_key()
-
-        def run(calls: list[_Call]) -> None:
-            for call in calls:
-                words = (rotation.words,) if call.rotates else ()
-                call.kernel(received, written, call.parts, factor, *words, *call.fixed)
-
-        self._threads.run(run, self._decoders)
+        factor = float32_bits(1.0 / len(messages) if scale is None else scale)
+        rotation = common_rotation(contexts).packed if self._rotates else 0
+        received, written = [[tensor.data_ptr() for tensor in tensors] for tensors in (messages, results)]
+        words = decode_context(self._decoders, received, written, factor, rotation)
+        self._threads.run(decode_task(), words, self._decoders.count)
         return results
 
     def seal(self, message: torch.Tensor, context: MessageContext, flags: int = 0) -> None:
@@ -201,62 +191,59 @@ class Codec:
         return Header.expected(self._digest, context, size - HEADER_BYTES, checksum, flags)
 
     @cached_property
-    def _shares(self) -> list[list[_Group]]:
-        """The plan's segments, grouped, in one share for each thread, or in fewer where they are small."""
+    def _groups(self) -> list[_Group]:
+        """The plan's segments, cut into several shares for each thread, or into fewer where they are small."""
         total = sum(length for length, _ in self._wanted)
         count = 1
         if self._threads.count > 1:
             count = max(1, min(self._threads.count * _SHARES_PER_THREAD, total // _SMALLEST_SHARE))
-        return [_grouped(self.plan, parts) for parts in _cut(self.plan, count)]
+        return [group for parts in _cut(self.plan, count) for group in _grouped(self.plan, parts)]
 
-    def _encoders(self, is_stratified: bool) -> list[list[_Call]]:
-        """The calls that encode a message, for each thread."""
-        if is_stratified not in self._encode_calls:
-            tables = {key: self._encoding_tables(book) for key, book in self._codebooks.items() if not book.is_exact}
+    def _encoders(self, is_stratified: bool) -> TaskTable:
+        """The tasks that encode a message."""
+        if is_stratified not in self._encode_tables:
+            tables = {
+                key: cpu.kernel_table(rounding_table(book))
+                for key, book in self._codebooks.items()
+                if not book.is_exact
+            }
 
-            def call(group: _Group) -> _Call:
+            def row(group: _Group) -> TaskRow:
                 book = self._codebooks[group.codebook]
                 if book.is_exact:
-                    return _Call(cpu.exact_encoder(), group.parts, (group.dtype.itemsize,))
-                method, fixed = tables[group.codebook]
-                if book.rotation != "none":
-                    rounds = is_stratified, book.rounding == "nearest"
-                    kernel = cpu.rotated_encoder(book.bits, book.bucket_size, method, _KINDS[group.dtype], *rounds)
-                    return _Call(kernel, group.parts, fixed, rotates=True)
-                kernel = cpu.encoder(book.bits, book.format.lanes, method, _KINDS[group.dtype], is_stratified)
-                return _Call(kernel, group.parts, fixed)
+                    return TaskRow(tasks.EXACT, cpu.exact_encoder(), group.parts, (group.dtype.itemsize,))
+                table, kind = tables[group.codebook], _KINDS[group.dtype]
+                clip = float32_bits(book.clip)
+                scalars = book.bucket_size, book.format.norm_bytes, book.norm == "l2", clip
+                shared = group.parts, scalars, table.lines, table.levels, table.cells
+                if book.rotation == "none":
+                    kernel = cpu.encoder(book.bits, book.format.lanes, table.method, kind, is_stratified)
+                    return TaskRow(tasks.PLAIN, kernel, *shared)
+                rounds = is_stratified, book.rounding == "nearest"
+                kernel = cpu.rotated_encoder(book.bits, book.bucket_size, table.method, kind, *rounds)
+                magnitudes = np.array(book.levels, dtype=np.float32)
+                return TaskRow(tasks.ROTATED, kernel, *shared, book.spread, magnitudes)
 
-            self._encode_calls[is_stratified] = [[call(group) for group in share] for share in self._shares]
-        return self._encode_calls[is_stratified]
-
-    @staticmethod
-    def _encoding_tables(codebook: Codebook) -> tuple[str, tuple[Any, ...]]:
-        """Rounding method of a codebook, and the arguments of its encoder."""
-        table = cpu.kernel_table(rounding_table(codebook))
-        clip = int(np.float32(codebook.clip).view(np.uint32))
-        scalars = codebook.bucket_size, codebook.format.norm_bytes, codebook.norm == "l2", clip
-        tables = table.lines, table.levels, table.cells
-        if codebook.rotation == "none":
-            return table.method, (*scalars, *tables)
-        levels = np.array(codebook.levels, dtype=np.float32)
-        return table.method, (*scalars, *tables, codebook.spread, levels, cpu.ROOTS)
+            self._encode_tables[is_stratified] = TaskTable([row(group) for group in self._groups])
+        return self._encode_tables[is_stratified]
 
     @cached_property
-    def _decoders(self) -> list[list[_Call]]:
-        """The calls that decode messages, for each thread."""
+    def _decoders(self) -> TaskTable:
+        """The tasks that decode messages."""
         levels = {key: signed_levels(book) for key, book in self._codebooks.items() if not book.is_exact}
 
-        def call(group: _Group) -> _Call:
+        def row(group: _Group) -> TaskRow:
             book, kind = self._codebooks[group.codebook], _KINDS[group.dtype]
             if book.is_exact:
-                return _Call(cpu.exact_decoder(), group.parts, (kind,))
-            fixed = book.bucket_size, book.format.norm_bytes, levels[group.codebook]
-            if book.rotation != "none":
-                kernel = cpu.rotated_decoder(book.bits, book.bucket_size, kind)
-                return _Call(kernel, group.parts, (*fixed, cpu.ROOTS), rotates=True)
-            return _Call(cpu.decoder(book.bits, book.format.lanes, kind), group.parts, fixed)
+                return TaskRow(tasks.EXACT, cpu.exact_decoder(), group.parts, (kind,))
+            scalars = book.bucket_size, book.format.norm_bytes
+            if book.rotation == "none":
+                kernel = cpu.decoder(book.bits, book.format.lanes, kind)
+                return TaskRow(tasks.PLAIN, kernel, group.parts, scalars, levels=levels[group.codebook])
+            kernel = cpu.rotated_decoder(book.bits, book.bucket_size, kind)
+            return TaskRow(tasks.ROTATED, kernel, group.parts, scalars, levels=levels[group.codebook])
 
-        return [[call(group) for group in share] for share in self._shares]
+        return TaskTable([row(group) for group in self._groups])
 
     def _check_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         if len(tensors) != len(self._wanted):
@@ -307,13 +294,7 @@ class Codec:
         """Checksum of the payload of a message of some bytes at an address."""
         count = min(self._threads.count, 1 + size // _SMALLEST_SUMMED_SHARE)
         cuts = [HEADER_BYTES + (size - HEADER_BYTES) * index // count for index in range(count + 1)]
-        totals: list[int] = []
-
-        def add(index: int) -> None:
-            totals.append(cpu.byte_summer()(begin, cuts[index], cuts[index + 1]))
-
-        self._threads.run(add, range(count))
-        return fold_checksum(sum(totals))
+        return fold_checksum(self._threads.run(sum_task(), sum_context(begin, cuts), count))
 
 
 def common_rotation(contexts: Sequence[MessageContext]) -> RotationKey:
@@ -324,10 +305,6 @@ def common_rotation(contexts: Sequence[MessageContext]) -> RotationKey:
             "messages of different exchanges are rotated differently and cannot be summed: decode each alone"
         )
     return keys.pop()
-
-
-def _addresses(tensors: Sequence[torch.Tensor]) -> npt.NDArray[np.uint64]:
-    return np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uint64)
 
 
 def _cut(plan: MessagePlan, count: int) -> list[list[tuple[int, int, int]]]:

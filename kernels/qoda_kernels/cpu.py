@@ -442,14 +442,15 @@ _FLOATS, _WORDS, _PARTS = types.float32[::1], types.uint32[::1], types.int64[:, 
 _ADDRESSES = types.uint64[::1]
 _CODEBOOK = (types.int64, types.int64, types.boolean, types.uint32, _FLOATS, _FLOATS, _WORDS)
 _ROTATION = (types.float32, _FLOATS, _FLOATS)
-_ENCODE = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, *_CODEBOOK)
-_ENCODE_ROTATED = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, _WORDS, *_CODEBOOK, *_ROTATION)
-_DECODE = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64, types.int64, _FLOATS)
-_DECODE_ROTATED = types.void(
+ENCODE = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, *_CODEBOOK)
+ENCODE_ROTATED = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, _WORDS, *_CODEBOOK, *_ROTATION)
+DECODE = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64, types.int64, _FLOATS)
+DECODE_ROTATED = types.void(
     _ADDRESSES, _ADDRESSES, _PARTS, types.float32, _WORDS, types.int64, types.int64, _FLOATS, _FLOATS
 )
-_COPY = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, types.int64)
-_SUM = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64)
+COPY = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, types.int64)
+SUM = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64)
+SUM_BYTES = types.uint64(types.uint64, types.int64, types.int64)
 
 
 class _CompilationLog(event.Listener):
@@ -470,12 +471,28 @@ class _CompilationLog(event.Listener):
             _LOG.info("the CPU kernel that %s is ready after %.1f s", self._name, time.perf_counter() - self._begin)
 
 
-def _compiled(kernel: Any, signature: Any, name: str) -> Callable[..., Any]:
-    """A kernel, compiled or loaded from the cache, to be called with arguments of the signature's very types."""
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel, which compiled code calls by its address.
+
+    Attributes:
+        function: the same for Python, to be called with arguments of the signature's very types.
+        address: of the machine code, with Numba's calling convention; it lasts as long as the kernel.
+        owner: keeps the machine code.
+    """
+
+    function: Callable[..., Any]
+    address: int
+    owner: Any
+
+
+def _compiled(kernel: Any, signature: Any, name: str) -> Kernel:
+    """A kernel, compiled or loaded from the cache."""
     with event.install_listener("numba:compile", _CompilationLog(kernel, name)):
         kernel.compile(signature)
-    function: Callable[..., Any] = kernel.get_overload(signature)
-    return function
+    compiled = kernel.overloads[signature.args]
+    address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    return Kernel(kernel.get_overload(signature), address, kernel)
 
 
 @_inline
@@ -567,7 +584,7 @@ def _encode_tiles(  # type: ignore[no-untyped-def]  # Numba infers
 
 
 @cache
-def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) -> Callable[..., int]:
+def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) -> Kernel:
     """Kernel that quantizes and packs parts; compiles it if need be.
 
     The kernel takes:
@@ -731,7 +748,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
             total += sum_bytes(message, part[NORMS_BEGIN], part[NORMS_BEGIN] + norms.size)
         return total
 
-    return _compiled(encode, _ENCODE, f"encodes {bits} bits ({method})")
+    return _compiled(encode, ENCODE, f"encodes {bits} bits ({method})")
 
 
 @_inline
@@ -793,7 +810,7 @@ def _sum_bucket(  # type: ignore[no-untyped-def]  # Numba infers
 
 
 @cache
-def decoder(bits: int, lanes: int, kind: int) -> Callable[..., None]:
+def decoder(bits: int, lanes: int, kind: int) -> Kernel:
     """Kernel that decodes parts of several messages, sums them in the order given, and scales; compiles it if need be.
 
     The kernel takes:
@@ -876,13 +893,13 @@ def decoder(bits: int, lanes: int, kind: int) -> Callable[..., None]:
                     halves = carray(word32.half_pointer(tensor + np.uint64(2 * begin)), (length,), np.uint16)
                     round_values(sums, kind, halves)
 
-    return _compiled(decode, _DECODE, f"decodes {bits} bits")
+    return _compiled(decode, DECODE, f"decodes {bits} bits")
 
 
 @cache
 def rotated_encoder(
     bits: int, bucket_size: int, method: str, kind: int, is_stratified: bool, is_nearest: bool
-) -> Callable[..., int]:
+) -> Kernel:
     """Kernel that rotates, quantizes and packs parts (`reference.quantize_rotated`); compiles it if need be.
 
     The kernel takes an `encoder`'s arguments, with the `RotationKey.words` behind the key, and in the end:
@@ -1032,11 +1049,11 @@ def rotated_encoder(
             total += sum_bytes(message, part[NORMS_BEGIN], part[NORMS_BEGIN] + norms.size)
         return total
 
-    return _compiled(encode, _ENCODE_ROTATED, f"rotates and encodes {bits} bits ({method})")
+    return _compiled(encode, ENCODE_ROTATED, f"rotates and encodes {bits} bits ({method})")
 
 
 @cache
-def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Callable[..., None]:
+def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Kernel:
     """Kernel that decodes parts of several messages, sums, rotates back, and scales; compiles it if need be.
 
     The kernel takes a `decoder`'s arguments, with the `RotationKey.words` behind the scale, and in the end ROOTS.
@@ -1104,7 +1121,7 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Callable[..., Non
                     halves = carray(word32.half_pointer(tensor + np.uint64(2 * begin)), (length,), np.uint16)
                     round_values(sums, kind, halves)
 
-    return _compiled(decode, _DECODE_ROTATED, f"decodes {bits} bits and rotates back")
+    return _compiled(decode, DECODE_ROTATED, f"decodes {bits} bits and rotates back")
 
 
 @_kernel
@@ -1162,24 +1179,24 @@ def _sum_exact(messages, results, parts, scale, kind):  # type: ignore[no-untype
 
 
 @cache
-def exact_encoder() -> Callable[..., int]:
+def exact_encoder() -> Kernel:
     """Kernel that copies parts whose values travel raw.
 
     It takes the first four arguments of an `encoder`'s kernel, and item_bytes: the bytes of one value.
     """
-    return _compiled(_copy_exact, _COPY, "copies exact values")
+    return _compiled(_copy_exact, COPY, "copies exact values")
 
 
 @cache
-def exact_decoder() -> Callable[..., None]:
+def exact_decoder() -> Kernel:
     """Kernel that sums parts whose values travel raw, in float32 (float64 for float64).
 
     It takes the first four arguments of a `decoder`'s kernel, and kind: FLOAT32, FLOAT16, BFLOAT16 or FLOAT64.
     """
-    return _compiled(_sum_exact, _SUM, "sums exact values")
+    return _compiled(_sum_exact, SUM, "sums exact values")
 
 
 @cache
-def byte_summer() -> Callable[..., int]:
+def byte_summer() -> Kernel:
     """Kernel `sum_bytes`."""
-    return _compiled(sum_bytes, types.uint64(types.uint64, types.int64, types.int64), "sums a checksum")
+    return _compiled(sum_bytes, SUM_BYTES, "sums a checksum")

@@ -77,6 +77,11 @@ class DitherKey:
         fields = (self.first, self.second, self.common_first, self.common_second, self.position, self.strata)
         return np.array(fields, dtype=np.uint32)
 
+    @cached_property
+    def packed(self) -> tuple[int, ...]:
+        """The same six words as three of 64 bits, as they lie in memory."""
+        return tuple(self.words.view(np.uint64).tolist())
+
 
 @lru_cache(maxsize=64)  # a model of many small messages asks for the same key again and again
 def _derived(seed: int, counter: int, rank: int, phase: int, ranks: int) -> DitherKey:

@@ -23,3 +23,7 @@ class RegistryError(QodaError, ValueError):
 
 class ThreadCountError(QodaError, ValueError):
     """A number of threads with which nothing can run."""
+
+
+class KernelError(QodaError, RuntimeError):
+    """A compiled kernel that could not do its work."""

@@ -61,6 +61,11 @@ class RotationKey:
         """Both words, for kernels."""
         return np.array((self.first, self.second), dtype=np.uint32)
 
+    @cached_property
+    def packed(self) -> int:
+        """Both words as one of 64 bits, as they lie in memory."""
+        return int(self.words.view(np.uint64)[0])
+
 
 @lru_cache(maxsize=64)
 def _derived(seed: int, counter: int, phase: int) -> RotationKey:

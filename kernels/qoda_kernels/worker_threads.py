@@ -4,10 +4,11 @@ Kernels release the GIL, and buckets do not depend on each other, so a message i
 result is the same for any number of threads. Numba's own threading is not used: its layers abort when two Python
 threads use them, or spin, or do not survive a fork.
 
-The work takes tens of microseconds, and so does waking a thread. So the calling thread begins at once and everybody
-takes the next range when done with one: a thread that comes late takes fewer. After its last range a thread watches for
-more for some tens of microseconds before it sleeps, because a step's messages often come in a row; between steps
-nobody uses the processor.
+The work takes tens of microseconds, and so does waking a thread, or waiting for the GIL. So a message is one compiled
+call, the calling thread begins at once, and every thread takes the next range by an atomic addition when done with one:
+a thread that comes late takes fewer. After its last range a helping thread watches for more for some tens of
+microseconds before it sleeps, because a step's messages often come in a row, and takes part in them without entering
+Python; between steps nobody uses the processor. Nothing waits for a helper that has not begun.
 """
 
 import math
@@ -16,20 +17,23 @@ import platform
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import njit, types
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
-from qoda_kernels.errors import ThreadCountError
+from qoda_kernels.errors import KernelError, ThreadCountError
 
-Range = TypeVar("Range")
+_kernel = njit(nogil=True, error_model="numpy", cache=True)
 
 
 def allotted_threads(environ: Mapping[str, str]) -> int:
@@ -49,8 +53,26 @@ def allotted_threads(environ: Mapping[str, str]) -> int:
     return max(1, _usable_processors() // max(1, ranks))
 
 
+@dataclass(frozen=True)
+class Task:
+    """A compiled function (context: uint64, index: int64) -> uint64 that any thread may call without the GIL.
+
+    Attributes:
+        address: of the machine code, with Numba's calling convention.
+        owner: keeps the machine code.
+    """
+
+    address: int
+    owner: Any
+
+
+def compiled_task(function: Any) -> Task:
+    """The task of a function of `numba.njit`, which must not use Python objects; it may raise."""
+    return Task(*_compiled(function, _TASK))
+
+
 class WorkerThreads:
-    """Runs a function on several ranges at once; the calling thread takes part.
+    """Runs a task for several indices at once; the calling thread takes part.
 
     Safe to use from several threads: while one has the helpers, the others work alone. Helpers start with the first
     use, and anew in a forked child, which inherits none.
@@ -70,26 +92,28 @@ class WorkerThreads:
         self.count = count
         self._helpers: dict[int, _Helpers] = {}  # by process: of those that a fork has left behind, no thread runs
 
-    def run(self, function: Callable[[Range], None], ranges: Sequence[Range]) -> None:
-        """Call function(range) for every range, in any order; returns when all are done.
+    def run(self, task: Task, context: npt.NDArray[np.uint64], count: int) -> int:
+        """Call the task for every index below a count, in any order; returns when all calls have ended.
 
-        An exception of any call is raised, after all calls have ended.
+        Args:
+            task: what to call.
+            context: uint64 [n] of any meaning; the task gets its address.
+            count: number of indices.
+
+        Returns:
+            The sum of the calls' results, modulo 2^64.
+
+        Raises:
+            KernelError: when a call failed, such as for want of memory; the others are made all the same.
         """
-        if self.count == 1 or len(ranges) < 2:
-            for part in ranges:
-                function(part)
-            return
-        job = _Job(function, ranges)
-        helpers = self._of_this_process()
-        if helpers.is_taken.acquire(blocking=False):
-            try:
-                helpers.work(job, min(self.count, len(ranges)) - 1)
-            finally:
-                helpers.is_taken.release()
-        else:
-            job.work()
-        if job.failures:
-            raise job.failures[0]
+        if self.count > 1 and count > 1:
+            helpers = self._of_this_process()
+            if helpers.is_taken.acquire(blocking=False):
+                try:
+                    return helpers.work(task, context, count, self.count)
+                finally:
+                    helpers.is_taken.release()
+        return _worker()(0, 1, task.address, context, count, 0)
 
     def _of_this_process(self) -> "_Helpers":
         process = os.getpid()
@@ -100,42 +124,22 @@ class WorkerThreads:
         return helpers
 
 
-class _Job(Generic[Range]):
-    """A function and the ranges that are left; an iterator of a list gives each to one thread (under the GIL)."""
-
-    def __init__(self, function: Callable[[Range], None], ranges: Sequence[Range]) -> None:
-        self._function = function
-        self._left: Iterator[Range] = iter(list(ranges))
-        self.failures: list[BaseException] = []
-
-    def work(self) -> None:
-        """Call the function for ranges until none is left."""
-        for part in self._left:
-            try:
-                self._function(part)
-            except BaseException as failure:  # raised by `run`, in the caller's thread
-                self.failures.append(failure)
-
-    def end(self) -> None:
-        """Leave no range to anybody."""
-        for _ in self._left:
-            pass
-
-
 class _Helper:
-    """One thread, and what the caller knows about it."""
+    """One thread that helps."""
 
-    def __init__(self, helpers: "_Helpers") -> None:
-        self.job: _Job[Any] | None = None  # in work
-        self._awake = threading.Lock()  # held while there is nothing new
-        self._awake.acquire()
+    def __init__(self, helpers: "_Helpers", place: int) -> None:
+        self._place = place
+        self._avoided: int | None = None
+        self._is_asleep = False
+        self._alarm: SimpleQueue[None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, args=(helpers,), name="hvd-qoda", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """Let the thread look for a job; by one thread at a time."""
-        if self._awake.locked():
-            self._awake.release()
+        """Let the thread look for jobs, if it does not."""
+        if self._is_asleep:
+            self._is_asleep = False
+            self._alarm.put(None)
 
     def join(self) -> None:
         """Wait for the thread's end, which `_Helpers.stop` has asked for."""
@@ -143,18 +147,23 @@ class _Helper:
             self._thread.join(_SECONDS_TO_STOP)
 
     def _serve(self, helpers: "_Helpers") -> None:
-        watch = _watcher()
-        while True:
-            watch(helpers.address, helpers.jobs, _WATCHES)
-            self._awake.acquire()
-            if helpers.is_stopped:
-                return
-            # The caller looks at self.job only when no range is left: who comes here later finds none.
-            self.job = helpers.job
-            if self.job is not None:
-                self.job.work()
-            self.job = None
-            helpers.ends[0] += np.uint32(1)
+        serve, looks, jobs = _server(), _looks_of_watch(), 0
+        while not helpers.is_stopped:
+            jobs = serve(helpers.address, self._place, jobs, looks)
+            # A job that is given between here and the next line goes without this thread: nobody waits for it.
+            self._is_asleep = True
+            if not helpers.is_stopped:
+                self._alarm.get()
+                self._leave_callers_processor(helpers)
+
+    def _leave_callers_processor(self, helpers: "_Helpers") -> None:
+        """Run elsewhere: a thread is often woken where the one that wakes it runs, and then keeps it from running."""
+        processor = helpers.processor
+        if processor is not None and processor != self._avoided:
+            others = os.sched_getaffinity(os.getpid()) - {processor}
+            if others:
+                os.sched_setaffinity(0, others)  # of this thread
+            self._avoided = processor
 
 
 class _Helpers:
@@ -162,68 +171,62 @@ class _Helpers:
 
     def __init__(self) -> None:
         self.is_taken = threading.Lock()
-        self.job: _Job[Any] | None = None
         self.is_stopped = False
         self._threads: list[_Helper] = []
-        self._counters = np.zeros(32, dtype=np.uint32)  # jobs and ends, in different lines of the cache
-        self.address = self._counters.ctypes.data
-        self.ends = self._counters[16:]
-        self._ends_address = self.ends.ctypes.data
+        self._words = np.zeros(_HELPERS_WORDS, dtype=np.uint64)
+        self.address = self._words.ctypes.data
 
     @property
-    def jobs(self) -> int:
-        """Number of jobs so far, modulo 2^32."""
-        return int(self._counters[0])
+    def processor(self) -> int | None:
+        """The one that the last caller ran on, if known."""
+        number = int(self._words[_PROCESSOR])
+        return number - 1 if number else None
 
-    def work(self, job: _Job[Any], count: int) -> None:
-        """Do a job together with so many helpers; by one thread at a time."""
-        while len(self._threads) < count:
-            self._threads.append(_Helper(self))
-        self.job = job
-        try:
-            for helper in self._threads[:count]:
-                helper.wake()
-            self._counters[0] += np.uint32(1)
-            job.work()
-        finally:
-            job.end()
-            self._wait(job)
-            self.job = None
+    def work(self, task: Task, context: npt.NDArray[np.uint64], count: int, threads: int) -> int:
+        """Call a task for every index below a count, with so many threads; by one caller at a time."""
+        work = _worker()
+        while len(self._threads) < threads - 1:
+            self._threads.append(_Helper(self, len(self._threads) + 1))
+        for helper in self._threads:
+            helper.wake()
+        return work(self.address, threads, task.address, context, count, _looks_of_watch())
 
     def stop(self) -> None:
         """End the threads."""
         self.is_stopped = True
-        self._counters[0] += np.uint32(1)
         for helper in self._threads:
             helper.wake()
         for helper in self._threads:
             helper.join()
 
-    def _wait(self, job: _Job[Any]) -> None:
-        """Wait until nobody works on a job of which nothing is left, however often the user interrupts."""
-        looks = 0
-        while True:
-            try:
-                ends = int(self.ends[0])
-                if all(helper.job is not job for helper in self._threads):
-                    return
-                looks += 1
-                if looks > _LOOKS_BEFORE_SLEEP:
-                    time.sleep(_SECONDS_OF_SLEEP)
-                else:
-                    _watcher()(self._ends_address, ends, _WATCHES)
-            except KeyboardInterrupt as failure:
-                job.failures.append(failure)
-
 
 _LOCAL_SIZES = ("HOROVOD_LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _SECONDS_TO_STOP = 1.0
-_SECONDS_OF_SLEEP = 5e-5
-_LOOKS_BEFORE_SLEEP = 10  # waking from sleep takes as long
+_HAS_AFFINITY = hasattr(os, "sched_setaffinity")
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-_DELAY = 200 if _IS_X86 else 4000
-_WATCHES = 1000 if _IS_X86 else 20_000  # some tens of microseconds: x86 pauses for 10 to 45 ns
+_SECONDS_OF_WATCH = 6e-5
+_TRIAL_LOOKS = 2000
+_TRIALS = 5
+
+# Fields of the memory that the threads of a process share, uint64 each, by lines of the cache.
+_JOBS = 0  # number of jobs so far
+_JOB = 1  # address of the present one; 0 when there is none to begin
+_PROCESSOR = 2  # 1 + that which the caller ran on when it began the last job; 0 before it
+_ACTIVE = 8  # helpers that may be in a job
+_HELPERS_WORDS = 16
+
+# Fields of a job, likewise.
+_TOTAL = 0  # of the results
+_FAILURES = 1  # number of calls that failed
+_FUNCTION = 2
+_CONTEXT = 3
+_COUNT = 4
+_THREADS = 5
+_TAKEN = 8  # how many indices of each thread's run are taken, one line of the cache each
+_LINE = 8
+
+_TASK = types.uint64(types.uint64, types.int64)
 
 
 def _usable_processors() -> int:
@@ -244,36 +247,192 @@ def _processor_quota(root: Path) -> float:
     return math.inf
 
 
+def _place(builder: Any, arguments: Any) -> Any:
+    """Pointer to a uint64, given its structure's address and its number."""
+    word = ir.IntType(64)
+    address = builder.add(arguments[0], builder.mul(arguments[1], word(8)))
+    return builder.inttoptr(address, word.as_pointer())
+
+
 @intrinsic
-def _load(context: Any, address: Any) -> tuple[Signature, Callable[..., Any]]:
-    """The uint32 at an address, read anew every time; then a short pause for the benefit of a core's other thread."""
+def _load(context: Any, address: Any, field: Any) -> tuple[Signature, Callable[..., Any]]:
+    """The uint64 in a field, read anew every time."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = ir.IntType(32)
-        place = builder.inttoptr(arguments[0], word.as_pointer())
-        found = builder.load_atomic(place, "acquire", 4)
+        return builder.load_atomic(_place(builder, arguments), "seq_cst", 8)
+
+    return types.uint64(types.uint64, types.int64), generate
+
+
+def _exchanging(operation: str) -> Callable[..., tuple[Signature, Callable[..., Any]]]:
+    def typing(context: Any, address: Any, field: Any, value: Any) -> tuple[Signature, Callable[..., Any]]:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.atomic_rmw(operation, _place(builder, arguments), arguments[2], "seq_cst")
+
+        return types.uint64(types.uint64, types.int64, types.uint64), generate
+
+    return typing
+
+
+_add = intrinsic(_exchanging("add"))  # (address, field, value): add to a field; returns what was there
+_store = intrinsic(_exchanging("xchg"))  # likewise, replace
+
+
+@intrinsic
+def _pause(context: Any) -> tuple[Signature, Callable[..., Any]]:
+    """Wait some nanoseconds, for the benefit of a core's other thread."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if _IS_X86:
             pause = ir.FunctionType(ir.VoidType(), [])
             builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), pause), [])
-        return found
+        return context.get_dummy_value()
 
-    return types.uint32(types.uint64), generate
+    return types.void(), generate
 
 
-@njit(nogil=True, cache=True)
-def _watch(address: np.uint64, known: np.uint32, times: int) -> None:
-    """Return when the uint32 at an address is no longer the known one, or after so many looks at it."""
-    for _ in range(times):
-        if _load(address) != known:
-            for _ in range(_DELAY):  # the caller has the GIL until its kernel runs; to wait for it would be to sleep
-                _load(address)
-            return
+@intrinsic
+def _call(context: Any, function: Any, job_context: Any, index: Any, job: Any) -> tuple[Signature, Callable[..., Any]]:
+    """Call a task by its address; 0 for a failure, which is counted in the job."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        convention, word = context.call_conv, ir.IntType(64)
+        kind = convention.get_function_type(_TASK.return_type, _TASK.args)
+        pointer = builder.inttoptr(arguments[0], kind.as_pointer())
+        status, result = convention.call_function(builder, pointer, _TASK.return_type, _TASK.args, arguments[1:3])
+        failed = builder.zext(status.is_error, word)
+        builder.atomic_rmw("add", _place(builder, (arguments[3], word(_FAILURES))), failed, "seq_cst")
+        return builder.select(status.is_error, word(0), result)
+
+    return types.uint64(types.uint64, types.uint64, types.int64, types.uint64), generate
+
+
+_processor = types.ExternalFunction("sched_getcpu", types.int32())
+_yield_processor = types.ExternalFunction("sched_yield", types.int32())
+
+
+@_kernel
+def _take_part(job: np.uint64, place: int) -> None:
+    """Call a job's task for the indices of a thread's own run, then of the others' runs, that nobody has taken."""
+    function, context = _load(job, _FUNCTION), _load(job, _CONTEXT)
+    count, threads = np.int64(_load(job, _COUNT)), np.int64(_load(job, _THREADS))
+    total = np.uint64(0)
+    for other in range(threads):
+        run = (place + other) % threads
+        begin, end = count * run // threads, count * (run + 1) // threads
+        taken = _TAKEN + _LINE * run
+        index = begin + np.int64(_add(job, taken, np.uint64(1)))
+        while index < end:
+            total += _call(function, context, index, job)
+            index = begin + np.int64(_add(job, taken, np.uint64(1)))
+    _add(job, _TOTAL, total)
+
+
+@_kernel
+def _work(
+    helpers: np.uint64,
+    threads: int,
+    function: np.uint64,
+    context: npt.NDArray[np.uint64],
+    count: int,
+    most_looks: int,
+) -> np.uint64:
+    """Do a job; returns the sum of the results.
+
+    Args:
+        helpers: address of the memory that is shared with the helpers; not read with one thread.
+        threads: number of runs that the indices are cut into: of helpers and the caller.
+        function: address of the task.
+        context: its context.
+        count: number of indices.
+        most_looks: how often to look in a row whether the helpers have ended before other processes may run.
+    """
+    memory = np.zeros(_TAKEN + _LINE * threads, dtype=np.uint64)
+    memory[_FUNCTION] = function
+    memory[_CONTEXT] = np.uint64(context.ctypes.data)
+    memory[_COUNT] = np.uint64(count)
+    memory[_THREADS] = np.uint64(threads)
+    job = np.uint64(memory.ctypes.data)
+    if threads == 1:
+        _take_part(job, 0)
+    else:
+        if _HAS_AFFINITY:
+            _store(helpers, _PROCESSOR, np.uint64(1 + _processor()))
+        _store(helpers, _JOB, job)
+        _add(helpers, _JOBS, np.uint64(1))
+        _take_part(job, 0)
+        # A helper says that it is active, then looks for a job; here in the other order: who comes now finds none.
+        _store(helpers, _JOB, np.uint64(0))
+        looks = 0
+        while _load(helpers, _ACTIVE) != np.uint64(0):
+            looks += 1
+            if looks > most_looks:  # the helper may be waiting for this processor
+                _yield_processor()
+            else:
+                _pause()
+    if memory[_FAILURES] != np.uint64(0):
+        raise KernelError("a kernel of the codec failed: there was no memory for its scratch space; free some")
+    return memory[_TOTAL]  # used last, for Numba frees an array after its last use
+
+
+@_kernel
+def _help(helpers: np.uint64, place: int, known: np.uint64, most_looks: int) -> np.uint64:
+    """Take part in the jobs after the known number of them until none has come for a while; returns their number.
+
+    Args:
+        helpers: address of the shared memory.
+        place: number of this helper, from 1.
+        known: number of jobs so far.
+        most_looks: for how many looks to watch.
+    """
+    looks = 0
+    while looks < most_looks:
+        looks += 1
+        _pause()
+        jobs = _load(helpers, _JOBS)
+        if jobs != known:
+            known = jobs
+            looks = 0
+            _add(helpers, _ACTIVE, np.uint64(1))
+            job = _load(helpers, _JOB)
+            if job != np.uint64(0):
+                _take_part(job, place)
+            _add(helpers, _ACTIVE, np.uint64(2**64 - 1))
+    return known
+
+
+def _compiled(function: Any, signature: Signature) -> tuple[int, Any]:
+    """Address of the machine code of a function of `numba.njit`, and what keeps it."""
+    function.compile(signature)
+    compiled = function.overloads[signature.args]
+    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name), function
 
 
 @cache
-def _watcher() -> Callable[[int, int, int], None]:
-    """Kernel `_watch`, compiled; it releases the GIL."""
-    signature = types.void(types.uint64, types.uint32, types.int64)
-    _watch.compile(signature)
-    function: Callable[[int, int, int], None] = _watch.get_overload(signature)
+def _worker() -> Callable[..., int]:
+    """Function `_work`, compiled; it releases the GIL."""
+    signature = types.uint64(types.uint64, types.int64, types.uint64, types.uint64[::1], types.int64, types.int64)
+    _work.compile(signature)
+    function: Callable[..., int] = _work.get_overload(signature)
     return function
+
+
+@cache
+def _server() -> Callable[[int, int, int, int], int]:
+    """Function `_help`, compiled; it releases the GIL."""
+    signature = types.uint64(types.uint64, types.int64, types.uint64, types.int64)
+    _help.compile(signature)
+    function: Callable[[int, int, int, int], int] = _help.get_overload(signature)
+    return function
+
+
+@cache
+def _looks_of_watch() -> int:
+    """How many looks of a watching thread take _SECONDS_OF_WATCH; a pause takes 10 to 50 ns, as the processor likes."""
+    nobody = np.zeros(_HELPERS_WORDS, dtype=np.uint64)
+    seconds = []
+    for _ in range(_TRIALS):
+        begin = time.perf_counter()
+        _server()(nobody.ctypes.data, 0, 0, _TRIAL_LOOKS)
+        seconds.append(time.perf_counter() - begin)
+    return max(1, round(_SECONDS_OF_WATCH / min(seconds) * _TRIAL_LOOKS))

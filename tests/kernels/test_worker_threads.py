@@ -5,20 +5,74 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+from numba import carray, njit, types
 
 from qoda_kernels import worker_threads
-from qoda_kernels.errors import QodaError, ThreadCountError
-from qoda_kernels.worker_threads import WorkerThreads, allotted_threads
+from qoda_kernels.errors import KernelError, QodaError, ThreadCountError
+from qoda_kernels.tasks import words_pointer
+from qoda_kernels.worker_threads import WorkerThreads, allotted_threads, compiled_task
+
+SLEEP = types.ExternalFunction("usleep", types.int32(types.uint32))
+LONG = 2000  # naps of a millisecond: what is waited for has failed
+
+
+@njit(nogil=True)
+def count_call(context, index):  # type: ignore[no-untyped-def]  # Numba infers
+    """Count the call in the context's word of the index; the result is the index."""
+    carray(words_pointer(context), (index + 1,), np.uint64)[index] += np.uint64(1)
+    return np.uint64(index)
+
+
+@njit(nogil=True)
+def meet(context, index):  # type: ignore[no-untyped-def]  # Numba infers
+    """Wait until the first call of every thread has begun; the result is 1 where it came to that."""
+    words = carray(words_pointer(context), (3,), np.uint64)
+    words[index] = np.uint64(1)
+    for _ in range(LONG):
+        if words[0] + words[1] + words[2] == np.uint64(3):
+            return np.uint64(1)
+        SLEEP(np.uint32(1000))
+    return np.uint64(0)
+
+
+@njit(nogil=True)
+def fail_once(context, index):  # type: ignore[no-untyped-def]  # Numba infers
+    """Fail for the index in the context's first word; count the other calls behind it."""
+    words = carray(words_pointer(context), (index + 2,), np.uint64)
+    if words[0] == np.uint64(index):
+        raise MemoryError("no memory")
+    words[index + 1] += np.uint64(1)
+    return np.uint64(0)
+
+
+@njit(nogil=True)
+def wait_for_others(context, index):  # type: ignore[no-untyped-def]  # Numba infers
+    """The first call waits for the seven others; the result is 1 where it has seen them."""
+    words = carray(words_pointer(context), (8,), np.uint64)
+    if index > 0:
+        words[index] = np.uint64(1)
+        return np.uint64(0)
+    for _ in range(LONG):
+        if words[1:].sum() == np.uint64(7):
+            return np.uint64(1)
+        SLEEP(np.uint32(1000))
+    return np.uint64(0)
+
+
+def zeros(count: int) -> npt.NDArray[np.uint64]:
+    return np.zeros(count, dtype=np.uint64)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_every_range_is_run_once(count: int) -> None:
-    threads = WorkerThreads(count)
+def test_every_index_is_called_once_and_the_results_are_summed(count: int) -> None:
+    threads, task = WorkerThreads(count), compiled_task(count_call)
     for length in (0, 1, 2, 3, 17):
-        seen: list[int] = []
-        threads.run(seen.append, range(length))
-        assert sorted(seen) == list(range(length))
+        seen = zeros(length)
+        assert threads.run(task, seen, length) == length * (length - 1) // 2
+        assert seen.tolist() == [1] * length
 
 
 def test_no_threads_at_all_is_an_error_of_ours() -> None:
@@ -27,34 +81,29 @@ def test_no_threads_at_all_is_an_error_of_ours() -> None:
     assert isinstance(caught.value, QodaError)
 
 
-def test_ranges_run_at_the_same_time() -> None:
-    together = threading.Barrier(3, timeout=20)
-    WorkerThreads(3).run(lambda _: together.wait(), range(3))
-    assert not together.broken
+def test_calls_run_at_the_same_time() -> None:
+    assert WorkerThreads(3).run(compiled_task(meet), zeros(3), 3) == 3
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("bad", [0, 1, 2])
-def test_an_error_in_any_range_is_raised_after_all_have_ended(bad: int) -> None:
-    ended = []
-
-    def work(index: int) -> None:
-        if index == bad:
-            raise ValueError(f"range {index}")
-        ended.append(index)
-
-    with pytest.raises(ValueError, match=f"range {bad}"):
-        WorkerThreads(3).run(work, range(3))
-    assert len(ended) == 2
+def test_a_failure_of_any_call_is_raised_after_all_have_ended(count: int, bad: int) -> None:
+    words = zeros(4)
+    words[0] = bad
+    with pytest.raises(KernelError, match="a kernel of the codec failed") as caught:
+        WorkerThreads(count).run(compiled_task(fail_once), words, 3)
+    assert isinstance(caught.value, QodaError)
+    assert words[1:].tolist() == [int(index != bad) for index in range(3)]
 
 
 def test_threads_work_in_a_forked_child_and_from_several_threads() -> None:
-    threads = WorkerThreads(2)
-    threads.run(lambda _: None, range(2))
+    threads, task = WorkerThreads(2), compiled_task(count_call)
+    threads.run(task, zeros(2), 2)
     child = os.fork()
     if child == 0:
-        seen: list[int] = []
-        threads.run(seen.append, range(4))
-        os._exit(0 if sorted(seen) == [0, 1, 2, 3] else 1)
+        seen = zeros(4)
+        threads.run(task, seen, 4)
+        os._exit(0 if seen.tolist() == [1] * 4 else 1)
     _, status = os.waitpid(child, 0)
     assert status == 0
 
@@ -62,9 +111,7 @@ def test_threads_work_in_a_forked_child_and_from_several_threads() -> None:
 
     def caller(index: int) -> None:
         for _ in range(50):
-            found: list[int] = []
-            threads.run(found.append, range(5))
-            totals[index] += sum(found)
+            totals[index] += threads.run(task, zeros(5), 5)
 
     callers = [threading.Thread(target=caller, args=(index,)) for index in range(4)]
     for one in callers:
@@ -74,28 +121,16 @@ def test_threads_work_in_a_forked_child_and_from_several_threads() -> None:
     assert totals == [500] * 4
 
 
-def test_a_slow_range_does_not_keep_the_others_waiting() -> None:
-    threads = WorkerThreads(2)
-    slow, others = threading.Event(), []
-
-    def work(index: int) -> None:
-        if index == 0:
-            assert slow.wait(timeout=20)
-            return
-        others.append(index)
-        if len(others) == 7:
-            slow.set()
-
-    threads.run(work, range(8))
-    assert sorted(others) == list(range(1, 8))
+def test_a_slow_call_does_not_keep_the_others_waiting() -> None:
+    assert WorkerThreads(2).run(compiled_task(wait_for_others), zeros(8), 8) == 1
 
 
 def test_many_jobs_in_a_row_and_with_pauses_are_complete_when_they_return() -> None:
-    threads = WorkerThreads(3)
+    threads, task = WorkerThreads(3), compiled_task(count_call)
     for number in range(300):
-        seen: list[int] = []
-        threads.run(seen.append, range(6))
-        assert len(seen) == 6
+        seen = zeros(6)
+        threads.run(task, seen, 6)
+        assert seen.tolist() == [1] * 6
         if number % 50 == 0:
             time.sleep(0.002)
 
@@ -103,7 +138,7 @@ def test_many_jobs_in_a_row_and_with_pauses_are_complete_when_they_return() -> N
 def test_helpers_end_with_their_owner() -> None:
     threads = WorkerThreads(2)
     before = threading.active_count()
-    threads.run(lambda _: time.sleep(0.01), range(2))
+    threads.run(compiled_task(count_call), zeros(2), 2)
     assert threading.active_count() == before + 1
     del threads
     assert threading.active_count() == before
