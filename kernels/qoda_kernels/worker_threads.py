@@ -8,9 +8,11 @@ The work takes tens of microseconds, and so does waking a thread, or waiting for
 call, the calling thread begins at once, and every thread takes the next range by an atomic addition when done with one:
 a thread that comes late takes fewer. After its last range a helping thread watches for more for some tens of
 microseconds before it sleeps, because a step's messages often come in a row, and takes part in them without entering
-Python; between steps nobody uses the processor. Nothing waits for a helper that has not begun.
+Python; between steps nobody uses the processor. A helper keeps off the processor that the caller last ran on: Linux
+likes to wake a thread where the waking one runs, and then one would keep the other from running. Nothing waits for a helper that has not begun.
 """
 
+import contextlib
 import math
 import os
 import platform
@@ -132,7 +134,9 @@ class _Helper:
         self._avoided: int | None = None
         self._is_asleep = False
         self._alarm: SimpleQueue[None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, args=(helpers,), name="hvd-qoda", daemon=True)
+        self._thread = threading.Thread(
+            target=self._serve, args=(helpers, _looks_of_watch()), name="hvd-qoda", daemon=True
+        )
         self._thread.start()
 
     def wake(self) -> None:
@@ -146,8 +150,8 @@ class _Helper:
         if self._thread is not threading.current_thread():
             self._thread.join(_SECONDS_TO_STOP)
 
-    def _serve(self, helpers: "_Helpers") -> None:
-        serve, looks, jobs = _server(), _looks_of_watch(), 0
+    def _serve(self, helpers: "_Helpers", looks: int) -> None:
+        serve, jobs = _server(), 0
         while not helpers.is_stopped:
             jobs = serve(helpers.address, self._place, jobs, looks)
             # A job that is given between here and the next line goes without this thread: nobody waits for it.
@@ -162,7 +166,8 @@ class _Helper:
         if processor is not None and processor != self._avoided:
             others = os.sched_getaffinity(os.getpid()) - {processor}
             if others:
-                os.sched_setaffinity(0, others)  # of this thread
+                with contextlib.suppress(OSError):  # a host that forbids it: the thread helps less often
+                    os.sched_setaffinity(0, others)  # of this thread
             self._avoided = processor
 
 

@@ -144,6 +144,20 @@ def test_helpers_end_with_their_owner() -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be kept off a processor here")
+def test_a_helper_that_is_woken_keeps_off_the_callers_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1024)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, processors: moved.append(processors))
+    threads, task = WorkerThreads(2), compiled_task(count_call)
+    for _ in range(LONG):
+        threads.run(task, zeros(2), 2)
+        time.sleep(0.001)
+        if moved:
+            break
+    assert len(moved[0]) == 1023
+
+
 @pytest.mark.parametrize(
     ("files", "wanted"),
     [
