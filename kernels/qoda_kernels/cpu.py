@@ -476,12 +476,10 @@ class Kernel:
     """A compiled kernel, which compiled code calls by its address.
 
     Attributes:
-        function: the same for Python, to be called with arguments of the signature's very types.
-        address: of the machine code, with Numba's calling convention; it lasts as long as the kernel.
-        owner: keeps the machine code.
+        address: of the machine code, with Numba's calling convention.
+        owner: the kernel for Python, which keeps the machine code.
     """
 
-    function: Callable[..., Any]
     address: int
     owner: Any
 
@@ -492,7 +490,7 @@ def _compiled(kernel: Any, signature: Any, name: str) -> Kernel:
         kernel.compile(signature)
     compiled = kernel.overloads[signature.args]
     address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
-    return Kernel(kernel.get_overload(signature), address, kernel)
+    return Kernel(address, kernel)
 
 
 @_inline

@@ -8,8 +8,10 @@ The work takes tens of microseconds, and so does waking a thread, or waiting for
 call, the calling thread begins at once, and every thread takes the next range by an atomic addition when done with one:
 a thread that comes late takes fewer. After its last range a helping thread watches for more for some tens of
 microseconds before it sleeps, because a step's messages often come in a row, and takes part in them without entering
-Python; between steps nobody uses the processor. A helper keeps off the processor that the caller last ran on: Linux
-likes to wake a thread where the waking one runs, and then one would keep the other from running. Nothing waits for a helper that has not begun.
+Python; between steps nobody uses the processor. Nothing waits for a helper that has not begun.
+
+A helper keeps off the processor that the caller last ran on: Linux likes to wake a thread where the waking one runs,
+and then each keeps the other from running.
 """
 
 import contextlib

@@ -37,14 +37,14 @@ def test_the_log_says_when_a_kernel_is_compiled_and_not_when_it_is_loaded(
     path.write_text(SOURCE)
     signature = types.int64(types.int64)
     with caplog.at_level(logging.INFO, logger="qoda_kernels"):
-        assert cpu._compiled(imported(path, "kernel").double, signature, "doubles").function(21) == 42
+        assert cpu._compiled(imported(path, "kernel").double, signature, "doubles").owner(21) == 42
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "compiling the CPU kernel that doubles; once on this machine, some seconds"
     assert lines[1].startswith("the CPU kernel that doubles is ready after ")
     assert len(lines) == 2
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="qoda_kernels"):
-        assert cpu._compiled(imported(path, "kernel").double, signature, "doubles").function(21) == 42  # from the disk
+        assert cpu._compiled(imported(path, "kernel").double, signature, "doubles").owner(21) == 42  # from the disk
     assert not caplog.records
 
 
