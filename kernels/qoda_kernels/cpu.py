@@ -13,7 +13,6 @@ one hash for two coordinates, and codes that stay in registers until they are pa
 import logging
 import time
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
