@@ -44,7 +44,7 @@ _BESIDE_BYTES = (2**20, 2**23)  # sent while coding goes on, the more the faster
 _BESIDE_S = 0.02
 _STAMP = Stamp(0, 0, 0)
 
-_Start = Callable[[int, str], Handle]
+_GAUSSIAN_VALUES = 2**16  # repeated; so many that no branch predictor learns them by heart
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,24 @@ class _Kind:
 
     Attributes:
         name: for the collectives' names.
-        start: starts one in which this rank sends about so many bytes, under a name.
+        make: makes what one takes in which this rank sends about so many bytes.
+        start: starts one with that, under a name.
         sent: how many bytes it really sends then.
     """
 
     name: str
-    start: _Start
+    make: Callable[[int], torch.Tensor]
+    start: Callable[[torch.Tensor, str], Handle]
     sent: Callable[[int], float]
+
+    def seconds(self, sent: int, count: int, name: str) -> float:
+        """How long so many of them take, under way together; making what they take does not count."""
+        taken = [self.make(sent) for _ in range(count)]
+        begin = time.perf_counter()
+        handles = [self.start(values, f"{name}.{index}") for index, values in enumerate(taken)]
+        for handle in handles:
+            handle.wait()
+        return time.perf_counter() - begin
 
 
 def measure_link(
@@ -173,25 +184,35 @@ def _kinds(transport: ReducingTransport, hosts: Hosts | None, device: torch.devi
     size = transport.size
     others = max(1, size - 1)
 
-    def all_reduce(sent: int, name: str) -> Handle:
-        return transport.start_all_reduce(torch.zeros(elements(sent), device=device), name)
-
-    def all_reduce_fp16(sent: int, name: str) -> Handle:
-        # Not zeros: what converts them one by one has a shorter way for those.
-        values = torch.full((elements(2 * sent),), 1 / 3, dtype=torch.float16, device=device)
-        return transport.start_all_reduce(values, name)
+    # Not zeros: hosts convert 16-bit values one by one before they add them, with branches that depend on them.
+    gaussian = torch.randn(_GAUSSIAN_VALUES, generator=torch.Generator().manual_seed(0))
 
     def elements(sent: int) -> int:
         return max(1, sent * size // (2 * others * 4))
 
-    def all_gather(sent: int, name: str) -> Handle:
-        message = torch.zeros(sent // others, dtype=torch.uint8)
-        return transport.start_all_gather(message, [message.numel()] * size, name)
+    def gradient(count: int, dtype: torch.dtype) -> torch.Tensor:
+        return gaussian.to(dtype).repeat(-(-count // _GAUSSIAN_VALUES))[:count].to(device)
+
+    def message(sent: int) -> torch.Tensor:
+        return torch.zeros(sent // others, dtype=torch.uint8)
+
+    def all_gather(own: torch.Tensor, name: str) -> Handle:
+        return transport.start_all_gather(own, [own.numel()] * size, name)
 
     kinds = [
-        _Kind("all_reduce", all_reduce, lambda sent: all_reduce_bytes(4 * elements(sent), size)),
-        _Kind("all_reduce_fp16", all_reduce_fp16, lambda sent: all_reduce_bytes(2 * elements(2 * sent), size)),
-        _Kind("all_gather", all_gather, lambda sent: float(sent // others * others)),
+        _Kind(
+            "all_reduce",
+            lambda sent: gradient(elements(sent), torch.float32),
+            transport.start_all_reduce,
+            lambda sent: all_reduce_bytes(4 * elements(sent), size),
+        ),
+        _Kind(
+            "all_reduce_fp16",
+            lambda sent: gradient(elements(2 * sent), torch.float16),
+            transport.start_all_reduce,
+            lambda sent: all_reduce_bytes(2 * elements(2 * sent), size),
+        ),
+        _Kind("all_gather", message, all_gather, lambda sent: float(sent // others * others)),
         _all_to_all("all_to_all", transport),
     ]
     if hosts is not None and "hierarchical" in hosts.ranks.schemes:
@@ -203,19 +224,22 @@ def _kinds(transport: ReducingTransport, hosts: Hosts | None, device: torch.devi
 def _all_to_all(name: str, transport: Transport) -> _Kind:
     others = max(1, transport.size - 1)
 
-    def start(sent: int, name: str) -> Handle:
-        shares = [sent // others] * transport.size
-        return transport.start_all_to_all(torch.zeros(sum(shares), dtype=torch.uint8), shares, shares, name)
+    def make(sent: int) -> torch.Tensor:
+        return torch.zeros(sent // others * transport.size, dtype=torch.uint8)
 
-    return _Kind(name, start, lambda sent: float(sent // others * others))
+    def start(message: torch.Tensor, name: str) -> Handle:
+        shares = [message.numel() // transport.size] * transport.size
+        return transport.start_all_to_all(message, shares, shares, name)
+
+    return _Kind(name, make, start, lambda sent: float(sent // others * others))
 
 
 def _measure_kind(transport: Transport, kind: _Kind, largest: int, budget_s: float, name: str) -> CollectiveCost:
     def agreed(sent: int, count: int, rounds: int) -> float:
-        own = [_seconds(kind.start, sent, count, name) for _ in range(rounds)]
+        own = [kind.seconds(sent, count, name) for _ in range(rounds)]
         return float(np.median(all_gather_array(transport, np.array(own), f"{name}.times").min(axis=0)))
 
-    kind.start(_SMALLEST_BYTES, f"{name}.0").wait()  # the first one makes connections
+    kind.seconds(_SMALLEST_BYTES, 1, name)  # the first one makes connections
     times = {_SMALLEST_BYTES: agreed(_SMALLEST_BYTES, 1, _ROUNDS)}
     together = agreed(_SMALLEST_BYTES, _TOGETHER, _ROUNDS)
     spent = _ROUNDS * (times[_SMALLEST_BYTES] + together)
@@ -248,14 +272,6 @@ def _next_size(times: Mapping[int, float], largest: int, left_s: float) -> tuple
         if expected < (_LONGEST_S if len(times) == 2 else left_s):
             return sent, _ROUNDS if _ROUNDS * expected < left_s else _FEWEST_ROUNDS
     return None
-
-
-def _seconds(start: _Start, sent: int, count: int, name: str) -> float:
-    begin = time.perf_counter()
-    handles = [start(sent, f"{name}.{index}") for index in range(count)]
-    for handle in handles:
-        handle.wait()
-    return time.perf_counter() - begin
 
 
 def _codec_speed(

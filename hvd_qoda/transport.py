@@ -102,14 +102,14 @@ class ReducingTransport(Transport, Protocol):
         """Name of the machine that this rank runs on: the same for its ranks, different for those of others."""
 
     def start_all_reduce(self, values: torch.Tensor, name: str) -> Handle:
-        """Let the host sum a tensor over the ranks, as it does with gradients.
+        """Let the host reduce a tensor over the ranks, in the way in which it reduces gradients.
 
         Args:
             values: 1-D, contiguous, of a dtype that the host can reduce; overwritten.
             name: the same on every rank; not under way a second time.
 
         Returns:
-            A handle whose `wait` returns one tensor: the sum.
+            A handle whose `wait` returns one tensor: the sum, or the mean where the host itself divides.
         """
 
 

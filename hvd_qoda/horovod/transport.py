@@ -132,10 +132,10 @@ class HorovodTransport:
         )
 
     def start_all_reduce(self, values: torch.Tensor, name: str) -> Handle:
-        """See `hvd_qoda.transport.ReducingTransport`."""
+        """See `hvd_qoda.transport.ReducingTransport`: the mean, for which the host takes one more pass."""
         self.meter.all_reduce(values.nbytes, self.size)
         return self._start(
-            lambda: hvd.allreduce_async_(values, name=name, op=hvd.Sum, process_set=self._process_set),
+            lambda: hvd.allreduce_async_(values, name=name, op=hvd.Average, process_set=self._process_set),
             f"all-reduce {name!r}",
             [values.numel()],
         )
