@@ -37,7 +37,8 @@ _TOGETHER = 8  # collectives under way at the same time, to see what each furthe
 _BUDGET_S = 0.8
 _LONGEST_S = 0.5
 _CODEC_ELEMENTS = (4096, 2**21)
-_CODEC_RUNS = 4
+_CODEC_RUNS = 4  # at least
+_MOST_CODEC_GRADIENTS = 8  # taken in turns: 64 MiB, more than a core's caches hold
 _CODEC_ROUNDS = 2
 _CODEC_MESSAGES = 4
 _BESIDE_BYTES = (2**20, 2**23)  # sent while coding goes on, the more the faster the link
@@ -119,6 +120,7 @@ def measure_codec(
     threads: WorkerThreads | None = None,
     device: torch.device | None = None,
     name: str = "hvd_qoda.codec_speed",
+    elements: int = _CODEC_ELEMENTS[-1],
 ) -> CodecSpeed:
     """Time the codec on Gaussian float32 gradients, on all ranks at once; a collective call that waits.
 
@@ -128,6 +130,7 @@ def measure_codec(
         threads: what runs the codec; by default the calling thread.
         device: where gradients are; the way to the codec and back counts. By default the CPU.
         name: of the collective; the same on every rank.
+        elements: of all gradients of a step. Where these are more than caches hold, gradients are taken from memory.
 
     Returns:
         The slowest rank's speed, on which all others wait; the same numbers on every rank.
@@ -136,7 +139,7 @@ def measure_codec(
     def together() -> None:
         all_gather_array(transport, np.zeros(1), f"{name}.begin")
 
-    own = _codec_speed(codebook, threads, torch.device("cpu") if device is None else device, together)
+    own = _codec_speed(codebook, threads, torch.device("cpu") if device is None else device, together, elements)
     all_ranks = all_gather_array(transport, np.array(astuple(own)), name)
     slowest = CodecSpeed(*(float(value) for value in all_ranks.max(axis=0)))
     if transport.size == 1:
@@ -275,10 +278,15 @@ def _next_size(times: Mapping[int, float], largest: int, left_s: float) -> tuple
 
 
 def _codec_speed(
-    codebook: Codebook, threads: WorkerThreads | None, device: torch.device, together: Callable[[], None]
+    codebook: Codebook,
+    threads: WorkerThreads | None,
+    device: torch.device,
+    together: Callable[[], None],
+    step_elements: int,
 ) -> CodecSpeed:
-    timed = [_CodecTimes.measure(codebook, elements, threads, device, together) for elements in _CODEC_ELEMENTS]
-    exact = _CodecTimes.measure(Codebook.exact(), _CODEC_ELEMENTS[-1], threads, device, together)
+    count = min(_MOST_CODEC_GRADIENTS, max(1, round(step_elements / _CODEC_ELEMENTS[-1])))
+    timed = [_CodecTimes.measure(codebook, size, count, threads, device, together) for size in _CODEC_ELEMENTS]
+    exact = _CodecTimes.measure(Codebook.exact(), _CODEC_ELEMENTS[-1], count, threads, device, together)
     call, encode = fit_cost(_CODEC_ELEMENTS, [times.encode for times in timed])
     large, elements = timed[-1], _CODEC_ELEMENTS[-1]
     decode = max(0.0, (large.decode_many - large.decode_one) / (elements * (_CODEC_MESSAGES - 1)))
@@ -302,23 +310,31 @@ class _CodecTimes:
         cls,
         codebook: Codebook,
         elements: int,
+        count: int,
         threads: WorkerThreads | None,
         device: torch.device,
         together: Callable[[], None],
     ) -> "_CodecTimes":
+        """Times for `count` gradients of so many elements, taken in turns."""
         codec, values, context = _codec_for(codebook, elements, threads)
-        gradient = values.to(device)
+        gradients = [values.to(device).clone() for _ in range(count)]
         contexts = [_STAMP.context(0, source, 0) for source in range(_CODEC_MESSAGES)]
-        messages = [codec.encode([cpu_values(gradient)], context) for context in contexts]
+        messages = [codec.encode([values], context) for context in contexts]
 
-        def decode(count: int) -> None:
+        def encode(gradient: torch.Tensor) -> None:
+            codec.encode([cpu_values(gradient)], context, messages[0])
+
+        def decode(gradient: torch.Tensor, count: int) -> None:
             written_back(gradient, lambda out: _ignore(codec.decode_mean(messages[:count], contexts[:count], [out])))
 
+        def seconds(run: Callable[[torch.Tensor], object]) -> float:
+            return _seconds_of(run, gradients, together)
+
         return cls(
-            _seconds_of(lambda: codec.encode([cpu_values(gradient)], context, messages[0]), together),
-            _seconds_of(lambda: decode(1), together),
-            _seconds_of(lambda: decode(_CODEC_MESSAGES), together),
-            _seconds_of(lambda: gradient.half().float(), together) / 2,
+            seconds(encode),
+            seconds(lambda gradient: decode(gradient, 1)),
+            seconds(lambda gradient: decode(gradient, _CODEC_MESSAGES)),
+            seconds(lambda gradient: gradient.half().float()) / 2,
         )
 
 
@@ -336,14 +352,16 @@ def _ignore(_: Sequence[torch.Tensor]) -> None:
     """Take a result that nobody needs."""
 
 
-def _seconds_of(run: Callable[[], object], together: Callable[[], None]) -> float:
+def _seconds_of(
+    run: Callable[[torch.Tensor], object], gradients: Sequence[torch.Tensor], together: Callable[[], None]
+) -> float:
     """Mean of some runs, on all ranks at once; of several rounds of that the shortest, which was disturbed least."""
-    run()
+    run(gradients[0])
     rounds = []
     for _ in range(_CODEC_ROUNDS):
         together()
         begin = time.perf_counter()
-        for _ in range(_CODEC_RUNS):
-            run()
-        rounds.append((time.perf_counter() - begin) / _CODEC_RUNS)
+        for index in range(max(_CODEC_RUNS, len(gradients))):
+            run(gradients[index % len(gradients)])
+        rounds.append((time.perf_counter() - begin) / max(_CODEC_RUNS, len(gradients)))
     return min(rounds)

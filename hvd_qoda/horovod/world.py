@@ -148,5 +148,6 @@ class World:
         device = next(iter(session.parameters.values())).device
         link = measure_link(self.transport, self._hosts, device, layout.raw_bytes, name=f"{session.name}.link")
         codebook = session.registry.codebooks[elements.most_common(1)[0][0]] if elements else Codebook.exact()
-        codec = measure_codec(codebook, self.transport, self._threads, device, f"{session.name}.codec")
+        name = f"{session.name}.codec"
+        codec = measure_codec(codebook, self.transport, self._threads, device, name, layout.elements)
         return Costs(self._hosts.ranks, link, codec)

@@ -124,7 +124,8 @@ class HorovodMethods:
 
     def _measured(self) -> tuple[Link, CodecSpeed]:
         link = measure_link(self.transport, self._hosts)
-        return link, measure_codec(self._books["gradient"], self.transport, self._threads)
+        elements = self._setting.elements
+        return link, measure_codec(self._books["gradient"], self.transport, self._threads, elements=elements)
 
     def _plans(self) -> list[MessagePlan]:
         size = max(1, round(self._setting.buffer_mb * 1e6 / 4))
