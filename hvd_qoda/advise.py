@@ -73,7 +73,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     codebook = fitted_codebook(options.bits, options.bucket_size)
     threads = WorkerThreads(allotted_threads(os.environ))
     with launched_ranks() as transport:
-        codec = measure_codec(codebook, LocalTransport() if transport is None else transport, threads)
+        ranks = LocalTransport() if transport is None else transport
+        codec = measure_codec(codebook, ranks, threads, elements=max(options.elements))
         cells = [
             cell
             for size in options.ranks

@@ -93,6 +93,23 @@ def recover_a_link_of_known_speed() -> None:
     assert links[0].within_host is None
 
 
+def test_the_hosts_sums_are_timed_with_values_like_gradients() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watched(InMemoryTransport):
+        def start_all_reduce(self, values: torch.Tensor, name: str) -> Handle:
+            seen.append(values)
+            return super().start_all_reduce(values, name)
+
+    group = InMemoryGroup(2)
+    for transport in group.transports:
+        transport.__class__ = Watched
+    group.run(lambda transport: measure_link(transport, largest_bytes=2**16))
+    assert {values.dtype for values in seen} == {torch.float32, torch.float16}
+    for values in seen:
+        assert values.float().std() == pytest.approx(1.0, abs=0.2)
+
+
 def test_a_rank_alone_has_nothing_to_measure() -> None:
     link = measure_link(LocalTransport(), Hosts((0,)))
     assert link.all_reduce.seconds(1e9) == 0.0
@@ -166,7 +183,7 @@ def test_subgroups_gather_among_their_members_only() -> None:
 
 def test_codec_speed_is_positive_and_equal_on_all_ranks() -> None:
     group = InMemoryGroup(2)
-    one, two = group.run(lambda transport: measure_codec(Codebook.uniform(5), transport))
+    one, two = group.run(lambda transport: measure_codec(Codebook.uniform(5), transport, elements=2**23))
     assert one == two
     assert 1e-11 < one.encode_s < 1e-7
     assert 1e-11 < one.decode_s < 1e-7
