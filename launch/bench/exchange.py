@@ -4,8 +4,8 @@
   python launch/bench/exchange.py --hosts 2,4 --mbit 100,500,1000 --json launch/results/exchange.json
 
 Runs each method in `sandbox.py`'s hosts, which needs its privileges. The mean of a whole gradient is timed, nothing
-overlaps with computing; encoding and decoding are included. A round ends when the slowest rank has the mean; the median
-over the rounds counts. Bytes are those that a host's interface has sent in a round, packet headers and the host's
+overlaps with computing; encoding and decoding are included. A round ends when the slowest rank has the mean; methods
+take turns, and the median over the rounds counts. Bytes are those that a host's interface has sent in a round, packet headers and the host's
 negotiation included, averaged over the ranks; `formula_bytes` is the payload alone. Rows with more ranks than cores are
 marked oversubscribed: their ranks share cores, which makes whatever needs the processor slower than on real hosts.
 """

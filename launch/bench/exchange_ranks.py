@@ -1,4 +1,4 @@
-"""What one rank of `exchange.py` does: time every method, count bytes at the interface, print rows as JSON lines."""
+"""What one rank of `exchange.py` does: time the methods in turns, count bytes at the interface, print JSON lines."""
 
 import hashlib
 import json
@@ -18,7 +18,6 @@ from launch.bench.exchange_methods import HorovodMethods, Method, Setting, Torch
 from launch.virtual_hosts import interface_bytes
 
 ROW = "ROW "
-_QUIET_S = 0.2
 
 
 class Group:
@@ -59,42 +58,54 @@ class Group:
         return objects
 
 
-def timed(group: Group, method: Method, rounds: int, budget_s: float) -> dict[str, Any]:
-    """Median time and bytes of a method; the same on every rank.
+class Trial:
+    """Times and bytes of one method; the same on every rank.
 
-    The first run is not counted: it compiles, and connects. After that as many as the budget allows, at least three.
+    The first run is not counted: it compiles, and connects.
     """
-    times: list[float] = []
-    sent: list[float] = []
-    while len(times) < rounds + 1:
-        method.prepare()
+
+    def __init__(self, name: str, method: Method) -> None:
+        self.name = name
+        self._method = method
+        self._times: list[float] = []
+        self._sent: list[float] = []
+
+    def run(self, group: Group) -> None:
+        """Run the method once more; a round ends when the slowest rank has the mean."""
+        self._method.prepare()
         group.barrier()
         before = interface_bytes()[1]
         begin = time.perf_counter()
-        method.run()
+        self._method.run()
         seconds = time.perf_counter() - begin
         group.barrier()
         counted = interface_bytes()[1] - before
         found = group.gather((seconds, counted))
-        times.append(max(entry[0] for entry in found))
-        sent.append(statistics.fmean(entry[1] for entry in found))
-        if len(times) >= 4 and sum(times) > budget_s:
-            break
-    digest = hashlib.sha256(method.result().numpy().tobytes()).hexdigest()
-    identical = len(set(group.gather(digest))) == 1
-    formula = statistics.fmean(group.gather(method.formula_bytes))
-    kept = times[1:]
-    return {
-        "median_s": statistics.median(kept),
-        "least_s": min(kept),
-        "largest_s": max(kept),
-        "rounds": len(kept),
-        "bytes_per_rank": round(statistics.median(sent[1:])),
-        "formula_bytes": round(formula),
-        "predicted_s": method.predicted_s,
-        "ranks_identical": identical,
-        "note": method.note,
-    }
+        self._times.append(max(entry[0] for entry in found))
+        self._sent.append(statistics.fmean(entry[1] for entry in found))
+
+    def wants_more(self, rounds: int, budget_s: float) -> bool:
+        """Whether there are to be more runs: as many as the budget allows, at least three that count."""
+        return len(self._times) <= rounds and (len(self._times) < 4 or sum(self._times) <= budget_s)
+
+    def row(self, group: Group) -> dict[str, Any]:
+        """Median time and bytes of the runs that count."""
+        digest = hashlib.sha256(self._method.result().numpy().tobytes()).hexdigest()
+        identical = len(set(group.gather(digest))) == 1
+        formula = statistics.fmean(group.gather(self._method.formula_bytes))
+        kept = self._times[1:]
+        return {
+            "method": self.name,
+            "median_s": statistics.median(kept),
+            "least_s": min(kept),
+            "largest_s": max(kept),
+            "rounds": len(kept),
+            "bytes_per_rank": round(statistics.median(self._sent[1:])),
+            "formula_bytes": round(formula),
+            "predicted_s": self._method.predicted_s,
+            "ranks_identical": identical,
+            "note": self._method.note,
+        }
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -106,11 +117,16 @@ def main(arguments: Sequence[str]) -> int:
     makers: HorovodMethods | TorchMethods
     makers = HorovodMethods(setting) if order["host"] == "horovod" else TorchMethods(setting)
     make: Callable[[str], Method] = makers.make
-    for name in order["methods"]:
-        row = timed(group, make(name), order["rounds"], order["budget_s"])
-        time.sleep(_QUIET_S)
+    trials = [Trial(name, make(name)) for name in order["methods"]]
+    going = trials
+    while going:  # in turns: what disturbs the machine for a while disturbs all methods alike
+        for trial in going:
+            trial.run(group)
+        going = [trial for trial in going if trial.wants_more(order["rounds"], order["budget_s"])]
+    for trial in trials:
+        row = trial.row(group)
         if group.rank == 0:
-            print(ROW + json.dumps({"method": name, **row}), flush=True)
+            print(ROW + json.dumps(row), flush=True)
     group.barrier()
     return 0
 
