@@ -5,9 +5,10 @@
 
 Runs each method in `sandbox.py`'s hosts, which needs its privileges. The mean of a whole gradient is timed, nothing
 overlaps with computing; encoding and decoding are included. A round ends when the slowest rank has the mean; methods
-take turns, and the median over the rounds counts. Bytes are those that a host's interface has sent in a round, packet headers and the host's
-negotiation included, averaged over the ranks; `formula_bytes` is the payload alone. Rows with more ranks than cores are
-marked oversubscribed: their ranks share cores, which makes whatever needs the processor slower than on real hosts.
+take turns, and the median over the rounds counts. Bytes are those that a host's interface has sent in a round, packet
+headers and the host's negotiation included, averaged over the ranks; `formula_bytes` is the payload alone. Rows with
+more ranks than cores are marked oversubscribed: their ranks share cores, which makes whatever needs the processor
+slower than on real hosts.
 """
 
 import argparse
