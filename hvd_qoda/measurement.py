@@ -29,8 +29,8 @@ from qoda_kernels.worker_threads import WorkerThreads
 __all__ = ["fitted_codebook", "measure_codec", "measure_link"]
 
 _SMALLEST_BYTES = 2**10
-_LARGEST_BYTES = 2**23
-_GROWTHS = (64, 8)  # from one size to the next, the larger factor where time allows
+_LARGEST_BYTES = 2**25  # where a fast link lets bursts pass, smaller ones say little
+_GROWTHS = (64, 8, 2)  # from one size to the next, the largest factor for which there is time
 _ROUNDS = 3
 _FEWEST_ROUNDS = 2  # where time is short; one alone may have been disturbed
 _TOGETHER = 8  # collectives under way at the same time, to see what each further one costs
@@ -187,8 +187,8 @@ def _kinds(transport: ReducingTransport, hosts: Hosts | None, device: torch.devi
     size = transport.size
     others = max(1, size - 1)
 
-    # Not zeros: hosts convert 16-bit values one by one before they add them, with branches that depend on them.
-    gaussian = torch.randn(_GAUSSIAN_VALUES, generator=torch.Generator().manual_seed(0))
+    # Neither zeros nor equal on all ranks: hosts convert and round 16-bit values with branches that depend on them.
+    gaussian = torch.randn(_GAUSSIAN_VALUES, generator=torch.Generator().manual_seed(transport.rank))
 
     def elements(sent: int) -> int:
         return max(1, sent * size // (2 * others * 4))

@@ -123,8 +123,8 @@ class HorovodMethods:
         return self._auto()
 
     def _measured(self) -> tuple[Link, CodecSpeed]:
-        link = measure_link(self.transport, self._hosts)
         elements = self._setting.elements
+        link = measure_link(self.transport, self._hosts, largest_bytes=4 * elements)
         return link, measure_codec(self._books["gradient"], self.transport, self._threads, elements=elements)
 
     def _plans(self) -> list[MessagePlan]:
