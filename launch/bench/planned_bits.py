@@ -33,6 +33,7 @@ METHODS = {
     "5 bits": "--bits 5",
     "auto, bytes of 4 bits, best": f"{_AUTO} --reference-bits 4 --bits-budget bytes --levels best --rounding nearest",
     "auto, variance of 4 bits, rotation": f"{_AUTO} --reference-bits 4 --bits-budget variance {_NEAREST}",
+    "auto, variance of 5 bits, rotation": f"{_AUTO} --reference-bits 5 --bits-budget variance {_NEAREST}",
 }
 EQUAL_BITS = "5 bits"
 
