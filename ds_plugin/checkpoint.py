@@ -36,7 +36,8 @@ def save(
     save_dir: str | os.PathLike[str],
     tag: Any = None,
     client_state: dict[str, Any] | None = None,
-    **kwargs: Any,
+    save_latest: bool = True,
+    exclude_frozen_parameters: bool = False,
 ) -> Any:
     """`engine.save_checkpoint`, with the plug-in's state.
 
@@ -45,13 +46,14 @@ def save(
     """
     client_state = dict(client_state or {})
     state = state_of(engine)
+    options = {"save_latest": save_latest, "exclude_frozen_parameters": exclude_frozen_parameters}
     if state is None:
-        return original(engine, save_dir, tag=tag, client_state=client_state, **kwargs)
+        return original(engine, save_dir, tag=tag, client_state=client_state, **options)
     if KEY in client_state:
         raise ConfigError(f"client_state has a key {KEY!r}, which is the plug-in's: call it something else")
     tag = str(f"global_step{engine.global_steps}" if tag is None else tag)
     client_state[KEY] = state.reducer.state_dict()
-    result = original(engine, save_dir, tag=tag, client_state=client_state, **kwargs)
+    result = original(engine, save_dir, tag=tag, client_state=client_state, **options)
     private = state.reducer.private_state()
     if private is not None:
         torch.save(private, _private_file(save_dir, tag, engine))

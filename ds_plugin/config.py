@@ -73,9 +73,9 @@ def _refused(configuration: Mapping[str, Any], config: QodaConfig) -> Iterator[t
     zero = _section(configuration, "zero_optimization")
     if zero.get("zero_quantized_gradients"):
         yield "zero_optimization.zero_quantized_gradients", "it compresses the same gradients; set it to false"
-    if int(zero.get("zero_hpz_partition_size", 1)) > 1:
+    if _integer(zero, "zero_hpz_partition_size", 1) > 1:
         yield "zero_optimization.zero_hpz_partition_size", "hierarchical partitioning is not supported; leave it out"
-    if int(zero.get("mics_shard_size", -1)) > 0:
+    if _integer(zero, "mics_shard_size", -1) > 0:
         yield "zero_optimization.mics_shard_size", "MiCS reduces in two groups, which is not supported; leave it out"
     if zero.get("zenflow") is not None:
         yield "zero_optimization.zenflow", "it reduces gradients on ways of its own; leave it out"
@@ -87,7 +87,7 @@ def _refused(configuration: Mapping[str, Any], config: QodaConfig) -> Iterator[t
             yield f"zero_optimization.{key}.super_offload", "it is not supported; leave it out"
     if _section(configuration, "compile").get("deepcompile"):
         yield "compile.deepcompile", "compiled graphs reduce gradients by themselves; set it to false"
-    if int(_section(configuration, "tensor_parallel").get("autotp_size", 0)) > 1:
+    if _integer(_section(configuration, "tensor_parallel"), "autotp_size", 0) > 1:
         yield "tensor_parallel.autotp_size", "tensor parallelism is not supported; leave it out"
     if _section(configuration, "expert_parallel").get("enabled"):
         yield "expert_parallel.enabled", "replaced expert layers are not supported; set it to false"
@@ -96,18 +96,38 @@ def _refused(configuration: Mapping[str, Any], config: QodaConfig) -> Iterator[t
     optimizer = str(_section(configuration, "optimizer").get("type", ""))
     if optimizer.lower() == "muon":
         yield "optimizer.type", "Muon needs whole gradient matrices on several ranks; use another optimizer"
+    if config.exchange in ("off", "hierarchical"):
+        yield (
+            "qoda.exchange",
+            f'{config.exchange!r} is of the Horovod front end; use "by_bytes", "allgather" or "reduce_scatter", and to '
+            f'send gradients uncompressed leave the "{BLOCK}" block out',
+        )
     if config.worker_norms:
         yield from _refused_with_worker_norms(configuration, zero)
 
 
 def _refused_with_worker_norms(configuration: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if int(zero.get("stage", 0)) >= 2 and configuration.get("gradient_accumulation_steps", 1) not in (1, "auto"):
+    if _integer(zero, "stage", 0) >= 2 and configuration.get("gradient_accumulation_steps", 1) not in (1, "auto"):
         yield (
             "gradient_accumulation_steps",
             "with qoda.worker_norms every exchange must be a step, and ZeRO 2 and 3 exchange every micro-batch",
         )
     if _section(configuration, "fp16").get("enabled"):
         yield "fp16.enabled", "with qoda.worker_norms the loss scale would be in the norms; use bf16 or fp32"
+
+
+def _integer(section: Mapping[str, Any], key: str, default: int) -> int:
+    """A number; the default for "auto", which Hugging Face fills in.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    value = section.get(key, default)
+    if value == "auto":
+        return default
+    if isinstance(value, int):
+        return int(value)
+    raise ConfigError(f"DeepSpeed configuration: {key} must be an integer, got {value!r}")
 
 
 def _section(configuration: Mapping[str, Any], key: str) -> Mapping[str, Any]:

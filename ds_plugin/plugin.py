@@ -24,10 +24,17 @@ def require(engine: Any) -> None:
     """
     if state_of(engine) is not None:
         return
-    if BLOCK in engine._config._param_dict:
-        reason = "nobody has read it: import ds_plugin before deepspeed.initialize(), which needs an optimizer"
-    else:
+    if not isinstance(engine, deepspeed.DeepSpeedEngine):
+        raise ConfigError(
+            f"a {type(engine).__name__} is no engine: give what deepspeed.initialize() returns first; under Hugging "
+            "Face that is trainer.model_wrapped, or the model that accelerator.prepare() returns"
+        )
+    if BLOCK not in engine._config._param_dict:
         reason = "there is none in its configuration"
+    elif engine.optimizer is None or isinstance(engine.optimizer, deepspeed.runtime.utils.DummyOptim):
+        reason = "nobody has read it: the engine has no optimizer, so it reduces no gradients"
+    else:
+        reason = "nobody has read it: import ds_plugin before deepspeed.initialize()"
     raise ConfigError(f'this engine sends its gradients uncompressed; of a "{BLOCK}" block, {reason}')
 
 

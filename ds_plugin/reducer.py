@@ -164,6 +164,7 @@ class GradientReducer:
         self._exchanges += 1
         if route.exchange is None:
             self._leave_to_host(flat, pieces, route, raw_bytes, host)
+            self._look_for_overflow([flat[piece.position : piece.end] for piece in pieces], pieces, transport.rank)
             return
         staged = cpu_values(flat)
         values = [staged[piece.position : piece.end] for piece in pieces]
@@ -173,8 +174,7 @@ class GradientReducer:
         self._account(route.exchange, raw_bytes)
         self._session.observe(str(route.number), route.exchange, sent)
         route.exchange.finish(values, scale=1.0 if average else float(transport.size))
-        if self.config.error_feedback:
-            self._is_finite = self._is_finite and _all_finite(values, pieces, transport.rank)
+        self._look_for_overflow(values, pieces, transport.rank)
         if flat.device.type != "cpu":
             flat.copy_(staged)
 
@@ -342,11 +342,16 @@ class GradientReducer:
         total = sum(piece.length for piece in pieces)
         for index, (key, piece) in enumerate(zip(route.keys, pieces, strict=True)):
             values = flat[piece.position : piece.end]
-            self._session.observe_exact(route.key_of_piece(index), key, values)
+            self._session.observe_exact(route.key_of_piece(index), key, values, piece.parameter)
             share = raw_bytes * piece.length / total
             self._session.account(key, piece.length, share, share)
         host.run()
         self._session.meter.host(host.kind, raw_bytes)
+
+    def _look_for_overflow(self, values: Sequence[torch.Tensor], pieces: Sequence[Piece], rank: int) -> None:
+        """With error feedback, notice that DeepSpeed will skip this step; see `ErrorFeedback.arrived`."""
+        if self.config.error_feedback:
+            self._is_finite = self._is_finite and _all_finite(values, pieces, rank)
 
     def _account(self, exchange: Exchange, raw_bytes: float) -> None:
         """Divide a bucket's bytes among its codebooks."""

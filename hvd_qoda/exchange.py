@@ -14,7 +14,8 @@ All are started without waiting. `Exchange.advance` does whatever can be done wi
 phase 1 to phase 2; `PendingExchanges` advances all exchanges while it waits for one. That matters: an owner that waited
 for one parameter's second phase before it had sent another's would stop every rank.
 
-An exchange is made once per plan and keeps its message buffers. It carries one round at a time.
+An exchange is made once per plan and keeps its message buffers until codebooks change, which they do between rounds. It
+carries one round at a time.
 """
 
 from collections.abc import Mapping, Sequence

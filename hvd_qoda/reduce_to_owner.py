@@ -1,7 +1,8 @@
 """A reduction to owners: of every slice one rank keeps the result, as where optimizer states are partitioned.
 
 Every rank sends every owner what belongs to it, and the owner decodes the mean of what all have sent. One quantization;
-a rank sends about (K-1)/K n bytes, half of what any exchange sends whose result all ranks hold.
+a rank sends about (K-1)/K n bytes, half of what any exchange sends whose result all ranks hold. A damaged message is
+noticed by its owner alone, which raises; the others learn of it when they next wait for that rank.
 """
 
 from collections.abc import Mapping, Sequence

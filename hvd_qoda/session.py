@@ -277,19 +277,20 @@ class Session:
         if self._vectors is not None:
             self._vectors.add(key, own)
 
-    def observe_exact(self, key: str, codebook: str, gradient: torch.Tensor) -> None:
+    def observe_exact(self, key: str, codebook: str, gradient: torch.Tensor, parameter: str | None = None) -> None:
         """Note a gradient that travels as it is, outside of our exchanges, before it is sent.
 
         Args:
-            key: the parameter's name.
+            key: the parameter's name, or that of a part of it.
             codebook: key of its codebook.
-            gradient: dense. With error feedback what is left of earlier messages is added to it.
+            gradient: dense. With error feedback what is left of a whole parameter's earlier messages is added to it.
+            parameter: the parameter's name, if `key` is not.
         """
         if self._feedback is not None:
             self._feedback.add_to(key, gradient)
         if gradient.dtype in COMPRESSIBLE_DTYPES and self._levels.wants(self.step, codebook):
             # Levels go on following gradients that travel as they are for a while.
-            self._levels.gather(key, cpu_values(gradient), self.registry)
+            self._levels.gather(parameter or key, cpu_values(gradient), self.registry)
         if self._measures_error:
             self._account.add_exact(codebook)
         if self._vectors is not None:

@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary = train(options, load_dataset(options.data))
     except (QodaError, DataError) as error:
         print(f"ddp.py: {error}", file=sys.stderr)
+        end_processes()
         return 1
     if dist.get_rank() == 0:
         for key, value in summary.items():

@@ -20,6 +20,8 @@ if __package__ in (None, ""):  # run as a file: make the project's folder import
 
 import torch
 
+from hvd_qoda.errors import QodaError
+from launch.train.data import DataError
 from launch.train.language_model import replicas_identical
 from launch.train.options import HelpFormatter, not_negative, positive
 from launch.train.summary import write_everywhere
@@ -127,8 +129,8 @@ def train_by_accelerate(data: Windows, options: argparse.Namespace) -> tuple[Any
     return engine, losses
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def run(options: argparse.Namespace) -> int:
+    """The whole run on this rank; returns the process's exit status."""
     prepare_processes(options.threads)
     import ds_plugin  # what makes the "qoda" block work
 
@@ -154,8 +156,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"of gradients per rank and step for {summary['parameters']:,} parameters",
             flush=True,
         )
-    end_processes()
     return 0 if summary["replicas_identical"] else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        return run(options)
+    except (DataError, QodaError) as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        end_processes()
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
   deepspeed --num_gpus 2 launch/train/language_model.py --zero 2 --bits 5
   torchrun --nproc-per-node 2 launch/train/language_model.py --zero 2 --bits 5
 
-The DeepSpeed configuration is launch/configs/zero<stage>.json, or the one given; options on the command line go before
-it. What makes its "qoda" block work is the line `import ds_plugin`, and nothing else. Records go to the run directory:
-steps.jsonl, summary.json, and with --checkpoint-every checkpoints, from which --resume goes on exactly.
+The DeepSpeed configuration is launch/configs/zero<stage>.json, over which options on the command line go, or the one
+given by --config (with --bits 32: without its "qoda" block). What makes its "qoda" block work is the line
+`import ds_plugin`, and nothing else. Records go to the run directory: steps.jsonl, summary.json, and with
+--checkpoint-every checkpoints, from which --resume goes on exactly.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ from hvd_qoda.errors import QodaError
 from launch.train.data import DataError
 from launch.train.job import STEPS_FILE, SUMMARY_FILE
 from launch.train.options import (
+    CODEBOOK_OPTIONS,
     HelpFormatter,
     add_codebook_options,
     codebook_settings,
@@ -40,6 +41,15 @@ from launch.train.transformer import Transformer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 _NONE = 32
+_OF_CONFIGURATION = (
+    "zero",
+    "dtype",
+    *CODEBOOK_OPTIONS,
+    "update_levels_at",
+    "batch_size",
+    "accumulate",
+    "learning_rate",
+)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -67,13 +77,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--resume", action="store_true", help="go on from the run directory's last checkpoint")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the summary here too")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # of DeepSpeed's launcher
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.config is not None:
+        _refuse_beside_config(parser, options)
+    return options
+
+
+def _refuse_beside_config(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a message where an option would change what the given configuration says."""
+    given = {name for name in _OF_CONFIGURATION if getattr(options, name) != parser.get_default(name)}
+    if options.bits == _NONE:
+        given.discard("bits")
+    if given:
+        named = ", ".join(sorted("--" + name.replace("_", "-") for name in given))
+        parser.error(f"{named}: with --config that is said by the file")
 
 
 def ds_configuration(options: argparse.Namespace) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the file, and the options over it."""
+    """The DeepSpeed configuration of a run: the file, and the options over it.
+
+    Raises:
+        ConfigError: if there is no such file, or it is not a JSON object.
+    """
+    from ds_plugin.config import read_file
+
     path = options.config or CONFIGS / f"zero{options.zero}.json"
-    values: dict[str, Any] = json.loads(path.read_text())
+    values = read_file(path)
     if options.config is None:
         values["optimizer"]["params"]["lr"] = options.learning_rate
         values["qoda"] |= codebook_settings(options)
@@ -192,7 +221,6 @@ def run(options: argparse.Namespace) -> int:
             f"summary in {options.run_dir / SUMMARY_FILE}",
             flush=True,
         )
-    end_processes()
     return 0 if summary["replicas_identical"] else 1
 
 
@@ -203,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, QodaError) as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2
+    finally:
+        end_processes()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ def prepare_processes(threads: int) -> None:
     """
     local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     os.environ.setdefault("LOCAL_SIZE", local)  # how many devices DeepSpeed's CPU accelerator has
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // int(local)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // int(local)))
     if not torch.cuda.is_available():
         import deepspeed
 
@@ -30,5 +31,7 @@ def end_processes() -> None:
     interpreter for that. If the interpreter ends meanwhile, PyTorch (2.13) aborts the process: "terminate called
     without an active exception" (pull request 179291 of pytorch/pytorch). Asleep, this thread leaves it to Gloo's.
     """
+    if not torch.distributed.is_initialized():
+        return
     torch.distributed.destroy_process_group()
     time.sleep(_SECONDS_TO_LET_GO)

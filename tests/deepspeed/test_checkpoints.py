@@ -49,7 +49,7 @@ def resumed(folder: str, stage: int, dtype: str, optimizer: str) -> dict[str, An
     data = batches(rank)
     with engine_of(config) as engine:
         train_steps(engine, data, 4)
-        engine.save_checkpoint(folder, client_state={"mine": 7})
+        engine.save_checkpoint(folder, None, {"mine": 7}, True)
         train_steps(engine, data, 5)
         uninterrupted = digest(weights(engine)), ds_plugin.reducer_of(engine).registry.digest
     data = batches(rank)

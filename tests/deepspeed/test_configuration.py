@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 
 import ds_plugin
 from ds_plugin.__main__ import main
@@ -67,6 +68,23 @@ def test_mistakes_name_the_block_and_the_key(block: Any, words: list[str]) -> No
 def test_settings_that_do_not_go_together_are_refused_by_name(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(UnsupportedError, match=key):
         refuse_unsupported(settings, QodaConfig())
+
+
+@pytest.mark.parametrize("exchange", ["off", "hierarchical"])
+def test_exchanges_of_the_horovod_front_end_are_refused(exchange: str) -> None:
+    with pytest.raises(UnsupportedError, match="exchange"):
+        refuse_unsupported({}, QodaConfig(exchange=exchange))
+
+
+def test_numbers_may_be_left_to_hugging_face_but_must_be_numbers() -> None:
+    refuse_unsupported({"zero_optimization": {"zero_hpz_partition_size": "auto"}}, QodaConfig())
+    with pytest.raises(ConfigError, match="stage must be an integer, got 'two'"):
+        refuse_unsupported({"zero_optimization": {"stage": "two"}}, QodaConfig(worker_norms=True))
+
+
+def test_what_is_no_engine() -> None:
+    with pytest.raises(ConfigError, match="a Linear is no engine"):
+        ds_plugin.require(torch.nn.Linear(2, 2))
 
 
 def test_worker_norms_need_one_exchange_per_step() -> None:

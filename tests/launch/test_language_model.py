@@ -44,6 +44,16 @@ def test_options_go_before_the_configuration(tmp_path: Path) -> None:
     assert "qoda" not in ds_configuration(parse_arguments(["--bits", "32"]))
 
 
+def test_what_the_given_configuration_says_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(CONFIGS[0])
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config", path, "--bits", "3", "--dtype", "bf16"])
+    assert "--bits, --dtype: with --config" in capsys.readouterr().err
+    options = parse_arguments(["--config", path, "--bits", "32", "--steps", "3"])
+    assert "qoda" not in ds_configuration(options)
+    assert ds_configuration(parse_arguments(["--config", path])) == json.loads(CONFIGS[0].read_text())
+
+
 def test_text_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcdefghij" * 2000)
     text = load_text(tmp_path)

@@ -10,7 +10,8 @@ import pytest
 from tests.launcher import ROOT, child_environment
 
 # Many groups, each with a collective whose tensors Gloo's thread drops last, and a main thread that lends the
-# interpreter to nobody unless it sleeps; the groups stay in use, as DeepSpeed's do.
+# interpreter to nobody unless it sleeps; the groups stay in use, as DeepSpeed's do. Without the sleep about every third
+# run aborts.
 PROGRAM = """
 import sys
 import torch
