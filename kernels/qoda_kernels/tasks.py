@@ -61,7 +61,7 @@ class TaskTable:
         """Lay out a table.
 
         Args:
-            rows: at least none.
+            rows: any number of them.
         """
         self.count = len(rows)
         self._rows = list(rows)
