@@ -42,7 +42,7 @@ class HostReduction:
 
     Attributes:
         kind: "all_reduce" or "reduce_scatter"; the latter also for reductions to one rank.
-        run: does it.
+        run: does it, and leaves what this rank keeps of the result in the buffer.
     """
 
     kind: str
@@ -133,18 +133,15 @@ class QodaBackend:
         if scope is None:
             return plain(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
         flat = input_tensor.view(-1)
-        reduced_by_host = False
+        own = flat.narrow(0, distributed.get_rank(group) * output_tensor.numel(), output_tensor.numel())
+        own = own.view_as(output_tensor)
 
         def run() -> None:
-            nonlocal reduced_by_host
-            reduced_by_host = True
             plain(output_tensor, input_tensor, op=op, group=group)
+            own.copy_(output_tensor)
 
         scope.reducer.reduce(flat, scope.pieces, group, _is_average(op), HostReduction("reduce_scatter", run))
-        if not reduced_by_host:
-            position = distributed.get_rank(group)
-            own = flat.narrow(0, position * output_tensor.numel(), output_tensor.numel())
-            output_tensor.copy_(own.view_as(output_tensor))
+        output_tensor.copy_(own)
         return _Finished() if async_op else None
 
 

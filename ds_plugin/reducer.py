@@ -164,7 +164,6 @@ class GradientReducer:
         self._exchanges += 1
         if route.exchange is None:
             self._leave_to_host(flat, pieces, route, raw_bytes, host)
-            self._look_for_overflow([flat[piece.position : piece.end] for piece in pieces], pieces, transport.rank)
             return
         staged = cpu_values(flat)
         values = [staged[piece.position : piece.end] for piece in pieces]
@@ -174,7 +173,7 @@ class GradientReducer:
         self._account(route.exchange, raw_bytes)
         self._session.observe(str(route.number), route.exchange, sent)
         route.exchange.finish(values, scale=1.0 if average else float(transport.size))
-        self._look_for_overflow(values, pieces, transport.rank)
+        self._look_for_overflow(_kept(values, pieces, transport.rank))
         if flat.device.type != "cpu":
             flat.copy_(staged)
 
@@ -340,18 +339,20 @@ class GradientReducer:
         self, flat: torch.Tensor, pieces: Sequence[Piece], route: _Route, raw_bytes: float, host: HostReduction
     ) -> None:
         total = sum(piece.length for piece in pieces)
+        values = [flat[piece.position : piece.end] for piece in pieces]
         for index, (key, piece) in enumerate(zip(route.keys, pieces, strict=True)):
-            values = flat[piece.position : piece.end]
-            self._session.observe_exact(route.key_of_piece(index), key, values, piece.parameter)
+            self._session.observe_exact(route.key_of_piece(index), key, values[index], piece.parameter)
             share = raw_bytes * piece.length / total
             self._session.account(key, piece.length, share, share)
+        self._look_for_overflow(values)  # before: of other ranks' results this one may see nothing
         host.run()
+        self._look_for_overflow(_kept(values, pieces, self.transport.rank))
         self._session.meter.host(host.kind, raw_bytes)
 
-    def _look_for_overflow(self, values: Sequence[torch.Tensor], pieces: Sequence[Piece], rank: int) -> None:
+    def _look_for_overflow(self, values: Sequence[torch.Tensor]) -> None:
         """With error feedback, notice that DeepSpeed will skip this step; see `ErrorFeedback.arrived`."""
         if self.config.error_feedback:
-            self._is_finite = self._is_finite and _all_finite(values, pieces, rank)
+            self._is_finite = self._is_finite and all(bool(torch.isfinite(value).all()) for value in values)
 
     def _account(self, exchange: Exchange, raw_bytes: float) -> None:
         """Divide a bucket's bytes among its codebooks."""
@@ -378,10 +379,9 @@ def _check_inside(flat: torch.Tensor, pieces: Sequence[Piece]) -> None:
         )
 
 
-def _all_finite(values: Sequence[torch.Tensor], pieces: Sequence[Piece], rank: int) -> bool:
-    """Whether all is finite of what this rank keeps."""
-    kept = (value for value, piece in zip(values, pieces, strict=True) if piece.owner in (None, rank))
-    return all(bool(torch.isfinite(value).all()) for value in kept)
+def _kept(values: Sequence[torch.Tensor], pieces: Sequence[Piece], rank: int) -> list[torch.Tensor]:
+    """What this rank keeps of a buffer."""
+    return [value for value, piece in zip(values, pieces, strict=True) if piece.owner in (None, rank)]
 
 
 def _host_bytes(host: HostReduction, payload: int, size: int) -> float:
