@@ -1,15 +1,17 @@
 """Look at a DeepSpeed configuration, or at a checkpoint, before a run: python -m ds_plugin check ds_config.json."""
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_plugin.config import BLOCK, parse_block, read_file, refuse_unsupported
+from ds_plugin.config import BLOCK, check_optimizer, parse_block, read_file, refuse_unsupported
 from ds_plugin.note import describe
 from ds_plugin.versions import SUPPORTED
 from hvd_qoda.errors import QodaError
 
+NOT_READ = {"fusion_buffer_mb": "  (not read here: gradients travel in DeepSpeed's buckets)"}
 USE = """In the training script: import ds_plugin before deepspeed.initialize(), and after it
     ds_plugin.require(engine)
 which raises an error where nobody has read the block."""
@@ -41,8 +43,11 @@ def _check(path: Path) -> int:
     refuse_unsupported(configuration, config)
     print(f'{path}, block "{BLOCK}", with the environment and the defaults:')
     for key, value in config.to_dict().items():
-        print(f"  {key}: {value}")
-    print(f"DeepSpeed: {_installed()}\n{USE}")
+        print(f"  {key}: {value}{NOT_READ.get(key, '')}")
+    print(f"DeepSpeed: {_installed()}")
+    if importlib.util.find_spec("deepspeed") is not None and check_optimizer(configuration) is None:
+        print("optimizer: none here; gradients are reduced only with one given to deepspeed.initialize()")
+    print(USE)
     return 0
 
 

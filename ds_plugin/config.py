@@ -1,14 +1,17 @@
 """The "qoda" block of a DeepSpeed configuration, and the settings beside it that do not go together with it."""
 
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hvd_qoda.config import QodaConfig
 from hvd_qoda.errors import ConfigError, UnsupportedError
 
-__all__ = ["BLOCK", "parse_block", "read_file", "refuse_unsupported"]
+__all__ = ["BLOCK", "check_optimizer", "parse_block", "read_file", "refuse_unsupported"]
 
 BLOCK = "qoda"
 
@@ -24,9 +27,12 @@ def parse_block(configuration: Mapping[str, Any], source: str = "DeepSpeed confi
         source: where it comes from, for messages.
 
     Raises:
-        ConfigError: naming the key and the nearest valid one.
+        ConfigError: naming the key and the nearest valid one; also for a name that is nearly the block's.
     """
     if BLOCK not in configuration:
+        for key in configuration:
+            if difflib.get_close_matches(str(key).lower(), [BLOCK], cutoff=0.75):
+                raise ConfigError(f'{source}: no block "{BLOCK}", but a key {key!r}; did you mean "{BLOCK}"?')
         return None
     block = configuration[BLOCK]
     where = f'{source}, block "{BLOCK}"'
@@ -53,6 +59,25 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a DeepSpeed configuration maps keys to values")
     return values
+
+
+def check_optimizer(configuration: Mapping[str, Any]) -> str | None:
+    """Name of the optimizer of a configuration, which DeepSpeed would make; None where there is none.
+
+    Raises:
+        ConfigError: for a name that neither DeepSpeed nor `torch.optim` knows.
+        ImportError: without DeepSpeed.
+    """
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    name = _section(configuration, "optimizer").get("type")
+    if name is None or str(name).lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, str(name)):
+        return None if name is None else str(name)
+    known = sorted({*DEEPSPEED_OPTIMIZERS, *torch.optim.__all__, "QODA", "QODAdam"} - {"Optimizer"})
+    nearest = {word.lower(): word for word in known}
+    found = difflib.get_close_matches(str(name).lower(), nearest, n=1)
+    hint = f"; did you mean {nearest[found[0]]!r}?" if found else ""
+    raise ConfigError(f"DeepSpeed configuration: optimizer.type: DeepSpeed knows no {name!r}{hint}")
 
 
 def refuse_unsupported(configuration: Mapping[str, Any], config: QodaConfig) -> None:

@@ -110,6 +110,37 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["check", str(tmp_path / "absent.json")]) == 1
 
 
+@pytest.mark.parametrize("key", ["Qoda", "QODA", "quoda", "qoda_"])
+def test_a_misspelt_block_is_named(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"a key '{key}'; did you mean \"qoda\""):
+        parse_block({"train_batch_size": 8, key: {"bits": 4}})
+
+
+def test_the_command_line_looks_at_the_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def check(**settings: Any) -> tuple[int, str, str]:
+        path = tmp_path / "configuration.json"
+        path.write_text(json.dumps({"qoda": {}, **settings}))
+        status = main(["check", str(path)])
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err
+
+    assert "optimizer: none here" in check()[1]
+    for name in ("AdamW", "SGD", "QODAdam", "lamb"):
+        status, out, _ = check(optimizer={"type": name})
+        assert status == 0
+        assert "none here" not in out
+    status, _, error = check(optimizer={"type": "QODAdm"})
+    assert status == 1
+    assert "knows no 'QODAdm'; did you mean 'QODAdam'?" in error
+
+
+def test_the_command_line_says_what_deepspeed_does_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "configuration.json"
+    path.write_text(json.dumps({"qoda": {"fusion_buffer_mb": 4}}))
+    assert main(["check", str(path)]) == 0
+    assert "fusion_buffer_mb: 4.0  (not read here" in capsys.readouterr().out
+
+
 def test_the_block_in_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "qoda.yaml").write_text("bits: auto\nexchange: by_bytes\n")
     config = parse_block({"qoda": str(tmp_path / "qoda.yaml")})
