@@ -24,12 +24,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from hvd_qoda import ddp
-from hvd_qoda.errors import QodaError
-from launch.train.data import DIGITS, BatchSchedule, DataError, Dataset, load_dataset
+from launch.train.data import DIGITS, BatchSchedule, Dataset, load_dataset
 from launch.train.models import DigitNet
 from launch.train.options import EXCHANGES, HelpFormatter, not_negative, positive
 from launch.train.summary import write_json
-from launch.train.torch_processes import end_processes
+from launch.train.torch_processes import exit_status
 
 
 def train(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
@@ -81,6 +80,17 @@ def train(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def run(options: argparse.Namespace) -> int:
+    """The whole run on this rank; returns the process's exit status."""
+    summary = train(options, load_dataset(options.data))
+    if dist.get_rank() == 0:
+        for key, value in summary.items():
+            print(f"{key}: {value}")
+        if options.json is not None:
+            write_json(options.json, {"command": "torchrun " + " ".join(sys.argv), **summary})
+    return 0 if summary["replicas_identical"] else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -100,19 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("ddp.py: run it under torchrun: torchrun --nproc-per-node 2 launch/train/ddp.py", file=sys.stderr)
         return 2
     dist.init_process_group("gloo")
-    try:
-        summary = train(options, load_dataset(options.data))
-    except (QodaError, DataError) as error:
-        print(f"ddp.py: {error}", file=sys.stderr)
-        end_processes()
-        return 1
-    if dist.get_rank() == 0:
-        for key, value in summary.items():
-            print(f"{key}: {value}")
-        if options.json is not None:
-            write_json(options.json, {"command": "torchrun " + " ".join(sys.argv), **summary})
-    end_processes()
-    return 0
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

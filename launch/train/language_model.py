@@ -22,7 +22,6 @@ if __package__ in (None, ""):  # run as a file: make the project's folder import
 
 import torch
 
-from hvd_qoda.errors import QodaError
 from launch.train.data import DataError
 from launch.train.job import STEPS_FILE, SUMMARY_FILE
 from launch.train.options import (
@@ -36,7 +35,7 @@ from launch.train.options import (
 )
 from launch.train.summary import write_everywhere
 from launch.train.text import Text, load_text
-from launch.train.torch_processes import end_processes, prepare_processes
+from launch.train.torch_processes import exit_status, prepare_processes
 from launch.train.transformer import Transformer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -226,13 +225,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        return run(options)
-    except (DataError, QodaError) as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        end_processes()
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """The processes of a run over torch.distributed: how they share the cores of a machine, and how they end."""
 
 import os
+import sys
 import time
+from collections.abc import Callable
 
 import torch
+
+from hvd_qoda.errors import QodaError
+from launch.train.data import DataError
 
 _SECONDS_TO_LET_GO = 0.2
 
@@ -22,6 +27,24 @@ def prepare_processes(threads: int) -> None:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """Run a program's part in this process to its end, and leave torch.distributed.
+
+    Args:
+        run: the part; returns the process's exit status.
+
+    Returns:
+        What it returned; 2 after an error of ours, which is printed.
+    """
+    try:
+        return run()
+    except (DataError, QodaError) as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        end_processes()
 
 
 def end_processes() -> None:
