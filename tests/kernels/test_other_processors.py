@@ -1,0 +1,93 @@
+"""The CPU kernels on processors that this machine has not: the same bits without AVX, and code for arm64.
+
+The machine's own kernels are what all other tests run. Here the kernels are compiled once more, in another process.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qoda_kernels.codec import Codec
+from tests.kernels.codebooks import codebook_for, context, rotated_codebook, single_slice_plan
+
+CODEBOOKS = (codebook_for("minimum", 5, norm="l2"), rotated_codebook("nearest", 3, 512))
+"""Between them they use most of the vector code: searches of levels, norms, rotation, dither and its absence."""
+
+ARM64 = "aarch64-unknown-linux-gnu"
+# Numba's own counting of references, as LLVM writes it for x86.
+_OF_NUMBA = "llvm.x86.atomic.sub.cc.i64"
+
+
+def digest_of_messages() -> str:
+    """Digest of messages and of what is decoded from them."""
+    digest = hashlib.sha256()
+    values = torch.from_numpy(np.random.default_rng(5).standard_t(3, size=40_000).astype(np.float32))
+    for codebook in CODEBOOKS:
+        plan = single_slice_plan(values.numel(), codebook)
+        codec = Codec(plan, {"other": codebook})
+        message = codec.encode([values], context())
+        (result,) = codec.decode_mean([message], [context()])
+        digest.update(message.numpy().tobytes())
+        digest.update(result.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def print_intermediate_code() -> None:
+    """Compile an encoder and a decoder, and print what Numba hands to LLVM's code generator."""
+    from qoda_kernels import cpu
+
+    for kernel in (cpu.encoder(5, 32, "minimum", cpu.FLOAT32, False), cpu.decoder(5, 32, cpu.FLOAT32)):
+        for compiled in kernel.owner.overloads.values():
+            print(compiled.library.get_llvm_str(), "\n; end of module")
+
+
+def output_of_another_process(function: str, **environment: str) -> str:
+    code = f"import runpy; result = runpy.run_path({__file__!r})[{function!r}]()\nif result: print(result)"
+    path = os.pathsep.join(path for path in sys.path if path)
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+def test_the_same_bits_without_vector_extensions() -> None:
+    lesser = output_of_another_process("digest_of_messages", NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
+    assert lesser == digest_of_messages()
+
+
+def test_the_kernels_compile_for_arm64_to_vector_code_without_contraction(tmp_path: Path) -> None:
+    """A fused multiply-add would give other bits than the reference."""
+    from llvmlite import binding as llvm
+
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(ARM64).create_target_machine(cpu="generic", opt=2)
+    # The code for the least x86-64: it is what has fewest assumptions in it.
+    modules = output_of_another_process(
+        "print_intermediate_code", NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path)
+    ).split("; end of module")
+    assert len(modules) == 3
+    fused = []
+    for text in modules[:2]:
+        assert set(re.findall(r"llvm\.x86\.[\w.]+", text)) <= {_OF_NUMBA}
+        # What the kernels mean to fuse is set apart, and must not be made of a product and a sum.
+        text = text.replace("llvm.fma.", "fused_on_purpose_").replace(_OF_NUMBA, "numba_decrease_count")
+        text = re.sub(r'target triple = ".*"', f'target triple = "{ARM64}"', text)
+        text = re.sub(r'target datalayout = ".*"', f'target datalayout = "{machine.target_data}"', text)
+        assembly = machine.emit_assembly(llvm.parse_assembly(text))
+        fused.append("fused_on_purpose_" in assembly)
+        assert not re.findall(r"\bf(?:n?m(?:add|sub)|ml[as])\b.*", assembly)
+        assert len(re.findall(r"\bv\d+\.4s\b", assembly)) > 100
+    assert fused == [True, False]  # searches of levels fuse, decoding does not
