@@ -31,17 +31,23 @@ class JobError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """A program to run on `ranks` processes of this machine, which writes its records to `run_dir`."""
+    """A program to run on `ranks` processes of this machine, which writes its records to `run_dir`.
+
+    `hosts` are names of this machine with numbers of ranks, such as "localhost:2,127.0.0.1:2", which Horovod takes for
+    different machines; None: one.
+    """
 
     program: Path
     arguments: tuple[str, ...]
     ranks: int
     run_dir: Path
     timeout_seconds: float = 900.0
+    hosts: str | None = None
 
     def command(self) -> list[str]:
         """What is executed."""
         launcher = [horovodrun(), "--gloo", "--network-interfaces", _LOOPBACK, "-np", str(self.ranks)]
+        launcher += [] if self.hosts is None else ["-H", self.hosts]
         return [*launcher, sys.executable, str(self.program), *self.arguments, "--run-dir", str(self.run_dir)]
 
 

@@ -14,11 +14,14 @@ from launch.bench.convergence import (
     ADAM,
     ALL_GATHER,
     FP32,
+    HIERARCHICAL,
     REDUCE_SCATTER,
     STRATIFIED,
+    cases,
     earlier_summary,
     judge,
     paired_differences,
+    parse_arguments,
     statistics_of,
 )
 from launch.train.job import Job
@@ -58,6 +61,18 @@ def test_a_mean_loss_above_the_range_of_fp32_is_noticed() -> None:
     assert verdicts[f"{ALL_GATHER}: mean train_loss is not above the range of fp32"]
     assert not verdicts[f"{REDUCE_SCATTER}: mean train_loss is not above the range of fp32"]
     assert verdicts["QODAdam's mean test accuracy is at least Adam's"]
+
+
+def test_on_several_hosts_all_exchanges_are_compared(tmp_path: Path) -> None:
+    hosts = "localhost:2,127.0.0.1:2"
+    compared = {case.name: case.options for case in cases(parse_arguments(["--np", "4", "--hosts", hosts]))}
+    assert list(compared) == [FP32, ALL_GATHER, REDUCE_SCATTER, HIERARCHICAL]
+    assert compared[HIERARCHICAL][-2:] == ("--exchange", "hierarchical")
+    scores = {name: statistics_of(runs([0.1, 0.3], [0.9, 0.9])) for name in compared}
+    assert set(judge(scores).values()) == {True}
+    command = Job(Path("mnist.py"), (), 4, tmp_path, hosts=hosts).command()
+    assert command[command.index("-H") + 1] == hosts
+    assert "-H" not in Job(Path("mnist.py"), (), 4, tmp_path).command()
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
