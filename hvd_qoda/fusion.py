@@ -15,7 +15,9 @@ __all__ = ["Gradient", "Parcels", "fill_buffers", "overlapping_bytes", "parcels_
 
 _WORTH_A_COLLECTIVE_BYTES = 2**16  # half a millisecond at 1 Gbit/s
 _OVERLAPPING_BUFFERS = 4
+_WITH_ALL_TO_ALLS = 2  # hosts start all-to-alls one by one, and each exchanges sizes first
 _SMALLEST_OVERLAPPING_BYTES = 2**21
+_FUSED_BY_HOSTS = ("off", "allgather")  # schemes whose collectives hosts put together where several are under way
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,20 @@ class Parcels:
     by_host: Mapping[torch.dtype, tuple[str, ...]]
 
 
-def overlapping_bytes(total_bytes: float, at_most: float) -> float:
+def overlapping_bytes(total_bytes: float, at_most: float, scheme: str) -> float:
     """Size of fusion buffers of which several are filled in a backward pass, so that it hides the first ones' way.
 
     Args:
         total_bytes: of all gradients.
         at_most: no larger than that.
+        scheme: how they are exchanged.
 
     Returns:
-        A quarter of all gradients, but no less than 2 MiB, whose fixed costs are small, and no more than `at_most`.
+        A quarter of all gradients, or half of them for exchanges that begin with an all-to-all; but no less than 2 MiB,
+        whose fixed costs are small, and no more than `at_most`.
     """
-    return min(at_most, max(_SMALLEST_OVERLAPPING_BYTES, total_bytes / _OVERLAPPING_BUFFERS))
+    count = _OVERLAPPING_BUFFERS if scheme in _FUSED_BY_HOSTS else _WITH_ALL_TO_ALLS
+    return min(at_most, max(_SMALLEST_OVERLAPPING_BYTES, total_bytes / count))
 
 
 def fill_buffers(sizes: Mapping[str, int], buffer_bytes: float) -> list[tuple[str, ...]]:

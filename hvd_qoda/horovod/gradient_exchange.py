@@ -344,7 +344,7 @@ class GradientExchange:
         alone = self._fusion.sparse if not self._fusion.sparse_as_dense else frozenset[str]()
         sizes = {n: entries[n].numel * self._hooked[n].itemsize for n in ordered if n not in alone}
         groups = self._fusion.groups
-        at_most = overlapping_bytes(sum(sizes.values()), self._fusion.buffer_bytes)
+        at_most = overlapping_bytes(sum(sizes.values()), self._fusion.buffer_bytes, self._scheme)
         if groups is None:
             buffers = fill_buffers(sizes, at_most)
         elif isinstance(groups, int):

@@ -50,10 +50,11 @@ def test_a_replay_releases_real_gradients_in_their_order_and_time() -> None:
 
 
 def test_buffers_are_small_enough_to_overlap_with_backward() -> None:
-    assert overlapping_bytes(10.4e6, 16 * 2**20) == 2.6e6
-    assert overlapping_bytes(1e6, 16 * 2**20) == 2**21
-    assert overlapping_bytes(1e9, 16 * 2**20) == 16 * 2**20
-    assert overlapping_bytes(1e9, 1000) == 1000
+    assert overlapping_bytes(10.4e6, 16 * 2**20, "allgather") == 2.6e6
+    assert overlapping_bytes(10.4e6, 16 * 2**20, "reduce_scatter") == 5.2e6
+    assert overlapping_bytes(1e6, 16 * 2**20, "allgather") == 2**21
+    assert overlapping_bytes(1e9, 16 * 2**20, "reduce_scatter") == 16 * 2**20
+    assert overlapping_bytes(1e9, 1000, "off") == 1000
 
 
 def test_communication_is_what_fp32_adds_to_a_step() -> None:
