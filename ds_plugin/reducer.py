@@ -29,7 +29,7 @@ from hvd_qoda.optim.worker_norms import WorkerNorms
 from hvd_qoda.reduce_to_owner import ReduceToOwnerExchange
 from hvd_qoda.schemes import make_exchange
 from hvd_qoda.session import Session
-from hvd_qoda.staging import cpu_values
+from hvd_qoda.staging import values_on
 from hvd_qoda.torch_distributed import TorchTransport
 from hvd_qoda.traffic import Traffic, all_reduce_bytes, reduce_scatter_bytes
 from hvd_qoda.transport import all_gather_array
@@ -165,7 +165,7 @@ class GradientReducer:
         if route.exchange is None:
             self._leave_to_host(flat, pieces, route, raw_bytes, host)
             return
-        staged = cpu_values(flat)
+        staged = values_on(self._session.coding_device([flat]), flat)
         values = [staged[piece.position : piece.end] for piece in pieces]
         sent = self._session.corrected(route.exchange, values)
         stamp = Stamp(self.config.seed, self._exchanges, self.registry.version, self.config.dither)
@@ -174,7 +174,7 @@ class GradientReducer:
         self._session.observe(str(route.number), route.exchange, sent)
         route.exchange.finish(values, scale=1.0 if average else float(transport.size))
         self._look_for_overflow(_kept(values, pieces, transport.rank))
-        if flat.device.type != "cpu":
+        if staged.device != flat.device:
             flat.copy_(staged)
 
     def end_step(self) -> None:

@@ -281,6 +281,8 @@ class QodaConfig(_Model):
       `hvd_qoda.ddp` send in one message at most, more than 0 (the former sends a quarter of all gradients in one
       message if that is between 2 MiB and this, so that backward hides the first ones' way); under Horovod's stock
       optimizer every parameter has messages of its own. Default 16.
+    - `codec_device`: what codes gradients that lie on a GPU: "auto" (that GPU if its kernels pass a self check, else
+      the CPU; the same bits either way), "cpu", or "gpu" (an error where "auto" would take the CPU). Default "auto".
     - `timeout_s`: seconds to wait for other ranks before `ExchangeTimeoutError`. Default 300: a rank may evaluate or
       save a checkpoint between two steps.
 
@@ -312,6 +314,7 @@ class QodaConfig(_Model):
     measure_error_every: _Count = 100
     worker_norms: bool = False
     fusion_buffer_mb: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = DEFAULT_FUSION_BUFFER_MB
+    codec_device: Literal["auto", "cpu", "gpu"] = "auto"
     timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 300.0
 
     def __init__(self, **values: Any) -> None:

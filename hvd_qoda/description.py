@@ -27,11 +27,13 @@ def training_description(
         levels: the statistics gathered so far.
     """
     described = registry.describe()
+    # Each rank codes where it can: the bits are the same.
+    configuration = {key: value for key, value in config.to_dict().items() if key != "codec_device"}
     return {
         "version of hvd_qoda": __version__,
         "wire version": WIRE_VERSION,
         "name": name,
-        "configuration": config.to_dict(),
+        "configuration": configuration,
         "parameter": {
             entry["name"]: f"{entry['dtype']} {entry['shape']}, type {entry['layer_type']}, as {entry['codebook']}"
             for entry in described["parameters"]

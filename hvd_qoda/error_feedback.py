@@ -42,7 +42,7 @@ class ErrorFeedback:
 
         Args:
             exchange: that is about to be started.
-            values: one contiguous 1-D CPU tensor per segment of its plan. Exact segments are passed through.
+            values: one contiguous 1-D tensor per segment of its plan. Exact segments are passed through.
 
         Raises:
             UnsupportedError: for an exchange in which a rank does not send its own gradient.
@@ -59,7 +59,7 @@ class ErrorFeedback:
                 continue
             place = (segment.slice.parameter, segment.slice.start)
             residual = self._new.get(place, self._residuals.get(place))
-            wide = tensor.float() if residual is None else tensor.float() + residual
+            wide = tensor.float() if residual is None else tensor.float() + residual.to(tensor.device)
             self._corrected[place] = wide
             result.append(wide.to(tensor.dtype))
         return result
@@ -90,7 +90,7 @@ class ErrorFeedback:
             gradient: dense, of any device; the whole parameter's.
         """
         for place in [place for place in self._residuals if place[0] == parameter]:
-            residual = self._new.get(place, self._residuals[place])
+            residual = self._new.get(place, self._residuals[place]).cpu()
             part = gradient.detach().cpu().reshape(-1)[place[1] : place[1] + residual.numel()]
             wide = part.float() + residual
             rounded = wide.to(gradient.dtype)
@@ -139,7 +139,7 @@ class ErrorFeedback:
         """This rank's residuals: a list of slices, each with its parameter, first coordinate and values (a tensor)."""
         return {
             "residuals": [
-                {"parameter": parameter, "start": start, "values": values.clone()}
+                {"parameter": parameter, "start": start, "values": values.to("cpu", copy=True)}
                 for (parameter, start), values in self._residuals.items()
             ]
         }

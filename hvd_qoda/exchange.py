@@ -24,11 +24,14 @@ from typing import Protocol
 import torch
 
 from hvd_qoda.errors import QodaError, RankMismatchError, WireError
+from hvd_qoda.gradient_codec import GradientCodec
 from hvd_qoda.shares import (
     OwnMessage,
     Share,
     Shares,
     Stamp,
+    beside,
+    empty_message,
     empty_tensors,
     in_float32,
     pieces_of,
@@ -41,7 +44,6 @@ from hvd_qoda.shares import (
 from hvd_qoda.traffic import all_gather_bytes
 from hvd_qoda.transport import Handle, Transport, wait_until
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.codec import Codec
 from qoda_kernels.layout import MessagePlan
 from qoda_kernels.worker_threads import WorkerThreads
 
@@ -86,7 +88,7 @@ class Exchange(Protocol):
         """Encode and send without waiting; `values` may change as soon as this returns.
 
         Args:
-            values: one contiguous 1-D CPU tensor per segment of the plan.
+            values: one contiguous 1-D tensor per segment of the plan, on the device that is to encode them.
             stamp: identifies the step.
         """
 
@@ -103,7 +105,8 @@ class Exchange(Protocol):
         """Wait, and decode the ranks' mean.
 
         Args:
-            out: contiguous 1-D tensors, one per segment, with the slices' dtypes; written.
+            out: contiguous 1-D tensors, one per segment, with the slices' dtypes, on the device that is to decode;
+                written.
             scale: factor of the mean.
 
         Raises:
@@ -174,7 +177,7 @@ class AllGatherExchange:
         self.plan = replanned(self.plan, codebooks)
         self._share = self._make_share(self.plan, codebooks)
         if self._message.numel() != self.plan.message_bytes:
-            self._message = torch.empty(self.plan.message_bytes, dtype=torch.uint8)
+            self._message = empty_message(self.plan.message_bytes)
 
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
@@ -228,7 +231,7 @@ class AllGatherExchange:
         )
 
     def _make_share(self, plan: MessagePlan, codebooks: Mapping[str, Codebook]) -> Share:
-        return Share(plan, pieces_of(plan, plan), Codec(plan, codebooks, self._threads))
+        return Share(plan, pieces_of(plan, plan), GradientCodec(plan, codebooks, self._threads))
 
 
 class ReduceScatterExchange:
@@ -283,11 +286,12 @@ class ReduceScatterExchange:
         self._wide = replanned(self._wide, codebooks)
         self._shares = Shares(self._make_shares(self._wide, codebooks), self._transport)
         self._mean = empty_tensors(self._shares.own.plan)
-        self._mean_message = torch.empty(self._shares.own.plan.message_bytes, dtype=torch.uint8)
+        self._mean_message = empty_message(self._shares.own.plan.message_bytes)
 
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
         self._stamp, self._second, self._failure = stamp, None, None
+        self._mean = beside(self._mean, values)
         self._shares.encode(with_dtypes_of(self._wide, values), stamp, self._transport.size)
         self._first = self._shares.send(self.waiting_for)
 
@@ -349,7 +353,7 @@ class ReduceScatterExchange:
 
     def _make_shares(self, wide: MessagePlan, codebooks: Mapping[str, Codebook]) -> tuple[Share, ...]:
         plans = wide.split(self._transport.size)
-        return tuple(Share(plan, pieces_of(wide, plan), Codec(plan, codebooks, self._threads)) for plan in plans)
+        return tuple(Share(plan, pieces_of(wide, plan), GradientCodec(plan, codebooks, self._threads)) for plan in plans)
 
     def _wait_for_first_phase(self) -> None:
         transport = self._transport

@@ -16,12 +16,15 @@ import torch
 
 from hvd_qoda.errors import QodaError, RankMismatchError, UnsupportedError, WireError
 from hvd_qoda.exchange import AllGatherExchange, Exchange, ReduceScatterExchange, exchange_by_bytes
+from hvd_qoda.gradient_codec import GradientCodec
 from hvd_qoda.hosts import Hosts, SubgroupTransport
 from hvd_qoda.shares import (
     OwnMessage,
     Share,
     Shares,
     Stamp,
+    beside,
+    empty_message,
     empty_tensors,
     in_float32,
     pieces_of,
@@ -33,7 +36,6 @@ from hvd_qoda.shares import (
 from hvd_qoda.traffic import all_gather_bytes
 from hvd_qoda.transport import Handle, Transport, wait_until
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.codec import Codec
 from qoda_kernels.layout import MessagePlan
 from qoda_kernels.worker_threads import WorkerThreads
 
@@ -77,7 +79,7 @@ class HierarchicalExchange:
         own = quantized[self._local.rank]
         self._across: Exchange = across(own, codebooks, cross, f"{name}.between_hosts", threads)
         self._mean = empty_tensors(own)
-        self._mean_message = torch.empty(self._shares.own.plan.message_bytes, dtype=torch.uint8)
+        self._mean_message = empty_message(self._shares.own.plan.message_bytes)
         self._stamp = Stamp(0, 0, 0)
         self._first: Handle | None = None
         self._is_across = False
@@ -110,6 +112,7 @@ class HierarchicalExchange:
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
         self._stamp = stamp
+        self._mean = beside(self._mean, values)
         self._shares.encode(with_dtypes_of(self._wide, values), stamp)
         self._send()
 
@@ -198,4 +201,4 @@ def _exact_share(plan: MessagePlan, part: MessagePlan, threads: WorkerThreads | 
     slices = [segment.slice for segment in part.segments]
     books = {piece.codebook: Codebook.exact() for piece in slices}
     exact = MessagePlan.build(slices, books)
-    return Share(exact, pieces_of(plan, part), Codec(exact, books, threads))
+    return Share(exact, pieces_of(plan, part), GradientCodec(exact, books, threads))

@@ -85,13 +85,13 @@ class LevelUpdates:
 
         Args:
             parameter: name of the parameter.
-            values: contiguous 1-D CPU tensor.
+            values: contiguous 1-D tensor. Read on the CPU, whose sums do not depend on who codes the gradients.
             registry: the codebooks of this step.
         """
         key = registry.parameters[parameter].codebook
         codebook = registry.codebooks[key]
         norm = registry.settings[key].norm  # a codebook that was chosen may have another one
-        read = self._statistics[key].gather(values.float().numpy(), codebook.bucket_size, norm)
+        read = self._statistics[key].gather(values.cpu().float().numpy(), codebook.bucket_size, norm)
         self._own[parameter] = self._own[parameter].merge(read) if parameter in self._own else read
 
     def end_step(self, step: int, registry: CodebookRegistry, transport: Transport) -> None:

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hvd_qoda.errors import PlanError
+from hvd_qoda.gradient_codec import GradientCodec
 from hvd_qoda.shares import OwnMessage, Piece, Share, Shares, Stamp, replanned, under_way, used_codebooks
 from hvd_qoda.transport import Handle, Transport
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.codec import Codec
 from qoda_kernels.layout import MessagePlan
 from qoda_kernels.worker_threads import WorkerThreads
 
@@ -125,5 +125,5 @@ class ReduceToOwnerExchange:
             slices = [self.plan.segments[index].slice for index in kept]
             plan = MessagePlan.build(slices, codebooks)
             pieces = tuple(Piece(index, 0, part.length) for index, part in zip(kept, slices, strict=True))
-            shares.append(Share(plan, pieces, Codec(plan, codebooks, self._threads)))
+            shares.append(Share(plan, pieces, GradientCodec(plan, codebooks, self._threads)))
         return tuple(shares)

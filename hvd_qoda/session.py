@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from hvd_qoda.agreement import check_agreement
+from hvd_qoda.codec_device import CodecDevice
 from hvd_qoda.config import QodaConfig
 from hvd_qoda.cost_model import QUANTIZED_SCHEMES
 from hvd_qoda.description import training_description
@@ -130,6 +131,7 @@ class Session:
         self._note: str | None = None
         self._vectors = WorkerVectors() if config.worker_norms else None
         self._feedback = ErrorFeedback() if config.error_feedback else None
+        self._codec_device = CodecDevice(config.codec_device, config.dither == "stratified")
         self._telemetry = telemetry
         self._reported_codebooks: dict[str, Codebook] = {}
         self._reported_bytes = 0
@@ -227,6 +229,10 @@ class Session:
         """Note what one gradient, or several of one codebook, cost; see `StepAccount.add`."""
         self._account.add(key, coordinates, raw_bytes, sent_bytes, exact)
 
+    def coding_device(self, gradients: Sequence[torch.Tensor]) -> torch.device:
+        """Where gradients that travel together are to be encoded and decoded; see `CodecDevice.of`."""
+        return self._codec_device.of(gradients, self.registry)
+
     @property
     def error_feedback(self) -> ErrorFeedback:
         """This rank's residuals.
@@ -268,7 +274,7 @@ class Session:
             return
         own = exchange.own_message()
         if self._measures_error or self._feedback is not None:
-            sent = own.decode()
+            sent = own.decode(values[0].device)
             if self._measures_error:
                 for part, tensor, decoded in zip(slices, values, sent, strict=True):
                     self._account.add_error(part.codebook, tensor, decoded)

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from hvd_qoda.errors import QodaError, RankMismatchError, WireError
+from hvd_qoda.gradient_codec import GradientCodec
 from hvd_qoda.traffic import all_to_all_bytes
 from hvd_qoda.transport import Handle, Transport
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.codec import Codec
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.wire import MessageContext
 
 _REFUSAL = b"REFUSED"
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Share:
 
     plan: MessagePlan
     pieces: tuple[Piece, ...]
-    codec: Codec
+    codec: GradientCodec
 
     def decode_mean(
         self,
@@ -103,7 +104,8 @@ class Share:
         if [target.dtype for target in targets] == wanted:
             self.codec.decode_mean([message], [context], out=targets, scale=scale)
             return
-        for target, part in zip(targets, self.codec.decode_mean([message], [context], scale=scale), strict=True):
+        parts = empty_tensors(self.plan, targets[0].device)
+        for target, part in zip(targets, self.codec.decode_mean([message], [context], parts, scale), strict=True):
             target.copy_(part)
 
 
@@ -119,7 +121,7 @@ class Shares:
         self.shares = tuple(shares)
         self.own = self.shares[transport.rank]
         self.sizes = [share.plan.message_bytes for share in shares]
-        self.messages = torch.empty(sum(self.sizes), dtype=torch.uint8)
+        self.messages = empty_message(sum(self.sizes))
         self._transport = transport
 
     @property
@@ -131,7 +133,7 @@ class Shares:
         """Encode a message for every owner.
 
         Args:
-            values: one contiguous 1-D CPU tensor per segment of the whole plan.
+            values: one contiguous 1-D tensor per segment of the whole plan.
             stamp: of the step.
             ranks: see `Stamp.context`.
         """
@@ -189,14 +191,17 @@ class OwnMessage:
     shares: tuple[Share, ...]
     codebooks: Mapping[str, Codebook]
 
-    def decode(self) -> list[torch.Tensor]:
+    def decode(self, device: torch.device = _CPU) -> list[torch.Tensor]:
         """The quantized gradient: one tensor per segment of the plan, in float32 (float64 where the slice is).
+
+        Args:
+            device: where the tensors are to lie.
 
         Raises:
             WireError: if the bytes are damaged.
         """
         slices = [segment.slice for segment in self.plan.segments]
-        out = [torch.empty(part.length, dtype=wide_dtype(part.dtype)) for part in slices]
+        out = [torch.empty(part.length, dtype=wide_dtype(part.dtype), device=device) for part in slices]
         sizes = [share.plan.message_bytes for share in self.shares]
         if self.message.numel() != sum(sizes):
             raise WireError(f"a kept message has {self.message.numel()} bytes, expected {sum(sizes)}")
@@ -242,9 +247,21 @@ def in_float32(plan: MessagePlan, codebooks: Mapping[str, Codebook]) -> MessageP
     return plan if wide == slices else MessagePlan.build(wide, codebooks)
 
 
-def empty_tensors(plan: MessagePlan) -> list[torch.Tensor]:
-    """One tensor per segment, of its dtype, with arbitrary contents."""
-    return [torch.empty(segment.slice.length, dtype=segment.slice.dtype) for segment in plan.segments]
+def empty_tensors(plan: MessagePlan, device: torch.device = _CPU) -> list[torch.Tensor]:
+    """One tensor per segment, of its dtype, on a device, with arbitrary contents."""
+    return [torch.empty(segment.slice.length, dtype=segment.slice.dtype, device=device) for segment in plan.segments]
+
+
+def empty_message(size: int) -> torch.Tensor:
+    """Host memory for so many bytes of messages; page-locked where the process uses CUDA, for fast copies."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
+
+
+def beside(tensors: list[torch.Tensor], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Room for a share's mean on the device where the values are: these tensors, or others like them."""
+    if not tensors or not values or tensors[0].device == values[0].device:
+        return tensors
+    return [torch.empty_like(tensor, device=values[0].device) for tensor in tensors]
 
 
 def with_dtypes_of(plan: MessagePlan, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

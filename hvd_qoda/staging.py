@@ -1,34 +1,35 @@
-"""Gradients on their way to and from the CPU codecs."""
+"""Gradients on their way to and from the codecs."""
 
-import logging
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
-__all__ = ["cpu_values", "result_buffer", "stored", "written_back"]
+__all__ = ["cpu_values", "result_buffer", "stored", "values_on", "written_back"]
 
-_logger = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
 
 
-def cpu_values(gradient: torch.Tensor) -> torch.Tensor:
-    """A gradient's elements in row-major order, whatever its strides and device: a contiguous 1-D CPU tensor.
+def values_on(device: torch.device, gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient's elements in row-major order, whatever its strides and device: a contiguous 1-D tensor on a device.
 
     Shares memory with the gradient where it can.
     """
-    if gradient.device.type != "cpu":
-        _warn_of_staging(gradient.device.type)
-    return gradient.detach().cpu().reshape(-1)
+    return gradient.detach().to(device).reshape(-1)
 
 
-def result_buffer(gradient: torch.Tensor) -> torch.Tensor:
-    """Where new elements of a gradient are to be written: a contiguous 1-D CPU tensor of its dtype, for `stored`.
+def cpu_values(gradient: torch.Tensor) -> torch.Tensor:
+    """`values_on` the CPU."""
+    return values_on(_CPU, gradient)
 
-    The gradient's own memory where it is contiguous and on the CPU.
+
+def result_buffer(gradient: torch.Tensor, device: torch.device = _CPU) -> torch.Tensor:
+    """Where new elements of a gradient are to be written: a contiguous 1-D tensor of its dtype on a device.
+
+    The gradient's own memory where it is contiguous and there. To be given to `stored`.
     """
-    if _is_plain(gradient):
+    if gradient.device == device and gradient.is_contiguous():
         return gradient.detach().view(-1)
-    return torch.empty(gradient.numel(), dtype=gradient.dtype)
+    return torch.empty(gradient.numel(), dtype=gradient.dtype, device=device)
 
 
 def stored(gradient: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,7 @@ def stored(gradient: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         gradient: the gradient itself is returned if `result_buffer` has given its own memory.
         values: what `result_buffer` returned for it, written.
     """
-    if _is_plain(gradient):
+    if gradient.device == values.device and gradient.is_contiguous():
         return gradient
     # Not into the gradient itself: several of its elements may lie in one place (an expanded tensor).
     result = torch.empty_like(gradient, requires_grad=False)
@@ -46,26 +47,16 @@ def stored(gradient: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def written_back(gradient: torch.Tensor, fill: Callable[[torch.Tensor], None]) -> torch.Tensor:
+def written_back(
+    gradient: torch.Tensor, fill: Callable[[torch.Tensor], None], device: torch.device = _CPU
+) -> torch.Tensor:
     """Let `fill` write new elements, and return a tensor that holds them in the gradient's shape.
 
     Args:
-        gradient: gives shape, dtype and device. Where it is contiguous and on the CPU its own memory is written.
-        fill: writes a contiguous 1-D CPU tensor of the gradient's dtype.
+        gradient: gives shape, dtype and device. Where it is contiguous and on the device its own memory is written.
+        fill: writes a contiguous 1-D tensor of the gradient's dtype.
+        device: where that tensor is to lie.
     """
-    values = result_buffer(gradient)
+    values = result_buffer(gradient, device)
     fill(values)
     return stored(gradient, values)
-
-
-def _is_plain(gradient: torch.Tensor) -> bool:
-    return gradient.device.type == "cpu" and gradient.is_contiguous()
-
-
-@cache
-def _warn_of_staging(device_type: str) -> None:
-    """Once per process."""
-    _logger.warning(
-        "gradients on %s are copied to the CPU, quantized there, and copied back; this costs time in every step",
-        device_type,
-    )

@@ -62,7 +62,7 @@ class Filling:
 
     Attributes:
         names: the parameters whose gradients belong here.
-        gradients: those that have come: contiguous 1-D CPU tensors.
+        gradients: those that have come: contiguous 1-D tensors where they are coded.
     """
 
     names: tuple[str, ...]

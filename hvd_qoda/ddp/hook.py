@@ -172,7 +172,8 @@ class QodaState:
         step = self._pass
         if step is None:
             raise QodaError("DDP's reduce buckets do not begin with the first one: a step was broken off")
-        arrived = Arrived(bucket.buffer(), names, [session.registry.parameters[name].numel for name in names])
+        lengths = [session.registry.parameters[name].numel for name in names]
+        arrived = Arrived(bucket.buffer(), names, lengths, session.coding_device)
         if world.transport.size == 1:  # nothing to exchange, nothing to quantize
             self._pass = None if bucket.is_last() else step
             arrived.hand_back()

@@ -1,6 +1,6 @@
 """One backward pass: the reduce buckets that have arrived, and what is still to come for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,13 +17,21 @@ class Arrived:
         buffer: its gradients one behind the other; will hold the mean.
         names: the parameters, in the buffer's order.
         lengths: their elements.
+        coding_device: says where gradients are to be coded; called in the exchange's thread.
     """
 
-    def __init__(self, buffer: torch.Tensor, names: Sequence[str], lengths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        buffer: torch.Tensor,
+        names: Sequence[str],
+        lengths: Sequence[int],
+        coding_device: Callable[[Sequence[torch.Tensor]], torch.device],
+    ) -> None:
         self._buffer = buffer
+        self._coding_device = coding_device
         self._names = names
         self._lengths = lengths
-        self._host = buffer
+        self._coded = buffer
         self._missing = len(names)
         on_device = buffer.device.type != "cpu"
         self.future: torch.futures.Future[torch.Tensor] = torch.futures.Future(
@@ -33,11 +41,11 @@ class Arrived:
         self._ready = torch.get_device_module(buffer.device).current_stream().record_event() if on_device else None
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """By parameter: contiguous 1-D CPU tensors, to be read and then overwritten with the mean."""
+        """By parameter: contiguous 1-D tensors where they are coded, to be read and overwritten with the mean."""
         if self._ready is not None:
             self._ready.synchronize()
-            self._host = self._buffer.cpu()
-        return dict(zip(self._names, self._host.split(list(self._lengths)), strict=True))
+        self._coded = self._buffer.to(self._coding_device([self._buffer]))
+        return dict(zip(self._names, self._coded.split(list(self._lengths)), strict=True))
 
     def written(self) -> bool:
         """Note that one gradient has been overwritten; returns whether it was the last one."""
@@ -46,8 +54,8 @@ class Arrived:
 
     def hand_back(self) -> None:
         """Let DDP have the mean."""
-        if self._host is not self._buffer:
-            self._buffer.copy_(self._host)
+        if self._coded is not self._buffer:
+            self._buffer.copy_(self._coded)
         self.future.set_result(self._buffer)
 
 

@@ -6,6 +6,9 @@ import time
 import weakref
 from collections.abc import Callable
 
+import torch
+
+from hvd_qoda.codec_device import own_stream
 from hvd_qoda.ddp.ordered import OrderedExchanges
 from hvd_qoda.errors import ExchangeTimeoutError
 
@@ -25,13 +28,19 @@ class ExchangeThread:
         timeout_s: seconds without any progress after which it gives up.
         where: this rank, for messages.
         failed: called in the thread with whatever a task or an exchange has raised.
+        device: whose work, as far as the thread starts it, is to run beside that of other threads.
     """
 
     def __init__(
-        self, exchanges: OrderedExchanges, timeout_s: float, where: str, failed: Callable[[Exception], None]
+        self,
+        exchanges: OrderedExchanges,
+        timeout_s: float,
+        where: str,
+        failed: Callable[[Exception], None],
+        device: torch.device,
     ) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        loop = _Loop(self._tasks, exchanges, timeout_s, where, failed)
+        loop = _Loop(self._tasks, exchanges, timeout_s, where, failed, device)
         threading.Thread(target=loop.run, name="hvd-qoda-exchange", daemon=True).start()
         weakref.finalize(self, self._tasks.put, None)
 
@@ -50,20 +59,23 @@ class _Loop:
         timeout_s: float,
         where: str,
         failed: Callable[[Exception], None],
+        device: torch.device,
     ) -> None:
         self._tasks = tasks
+        self._device = device
         self._exchanges = exchanges
         self._timeout_s = timeout_s
         self._where = where
         self._failed = failed
 
     def run(self) -> None:
-        ended = False
-        while not ended:
-            try:
-                ended = self._run_until_idle()
-            except Exception as error:  # whoever waits for a gradient must learn of it, whatever it is
-                self._failed(error)
+        with own_stream(self._device):
+            ended = False
+            while not ended:
+                try:
+                    ended = self._run_until_idle()
+                except Exception as error:  # whoever waits for a gradient must learn of it, whatever it is
+                    self._failed(error)
 
     def _run_until_idle(self) -> bool:
         """One task, and everything that follows from it; returns whether it was the last one."""

@@ -95,7 +95,8 @@ class World:
         self.exchanges = OrderedExchanges(two_groups)
         self.outstanding = Outstanding()
         where = f"rank {dist.get_rank()}"
-        self.thread = ExchangeThread(self.exchanges, self._timeout_s, where, self.outstanding.fail)
+        device = next((p.device for p in session.parameters.values()), torch.device("cpu"))
+        self.thread = ExchangeThread(self.exchanges, self._timeout_s, where, self.outstanding.fail, device)
         self._threads = WorkerThreads(allotted_threads(os.environ))
         self._scheme = "by_bytes" if scheme == "auto" else scheme
         self._made: dict[tuple[tuple[str, ...], tuple[torch.dtype, ...]], Exchange] = {}

@@ -37,7 +37,7 @@ from hvd_qoda.horovod.transport import HorovodTransport
 from hvd_qoda.horovod.world import World
 from hvd_qoda.optim.worker_norms import WorkerNorms
 from hvd_qoda.session import Session
-from hvd_qoda.staging import cpu_values, written_back
+from hvd_qoda.staging import values_on, written_back
 from hvd_qoda.telemetry import Telemetry
 from hvd_qoda.traffic import Traffic, all_reduce_bytes
 from qoda_kernels.registry import CodebookRegistry
@@ -51,6 +51,7 @@ class _Context:
 
     route: Route
     gradient: torch.Tensor
+    device: torch.device  # that encodes and decodes it
 
 
 class _Ranks:
@@ -114,7 +115,9 @@ class QodaCompressor:
             self._check_route()
             name = self._index.name_of(tensor, self._taken if self._outstanding else ())
             ranks = self._enter_step(name)
-            context = _Context(ranks.routes.of(name, tensor.dtype), tensor)
+            route = ranks.routes.of(name, tensor.dtype)
+            device = tensor.device if route.exchange is None else self.session.coding_device([tensor])
+            context = _Context(route, tensor, device)
             self._outstanding[name] = context
             self._taken.add(name)
             return self._send(ranks, context), context
@@ -257,7 +260,7 @@ class QodaCompressor:
             return gradient
         sent_bytes = session.meter.all_reduce(TOKEN_BYTES, size)
         if route.exchange is not None:
-            values = session.corrected(route.exchange, [cpu_values(gradient)])
+            values = session.corrected(route.exchange, [values_on(context.device, gradient)])
             route.exchange.start(values, session.stamp)
             ranks.world.pending.add(route.exchange)
             sent_bytes += route.exchange.sent_bytes
@@ -273,4 +276,6 @@ class QodaCompressor:
         if exchange is None:
             return context.gradient
         scale = ranks.tokens.scale(reduced)
-        return written_back(context.gradient, lambda out: ranks.world.pending.finish(exchange, [out], scale))
+        return written_back(
+            context.gradient, lambda out: ranks.world.pending.finish(exchange, [out], scale), context.device
+        )

@@ -10,7 +10,7 @@ import torch
 from hvd_qoda.exchange import Exchange
 from hvd_qoda.horovod.world import World
 from hvd_qoda.session import Session
-from hvd_qoda.staging import cpu_values, result_buffer, stored
+from hvd_qoda.staging import result_buffer, stored, values_on
 from hvd_qoda.traffic import all_reduce_bytes
 from hvd_qoda.transport import wait_until
 
@@ -92,11 +92,14 @@ class Message:
         self._costs = _costs(exchange, world.transport.size)
         self._occupied = max(1, exchange.plan.payload_bytes)
         self._gradients: list[torch.Tensor] = []
+        self._device = torch.device("cpu")  # that encodes and decodes them
 
     def start(self) -> None:
         """See `Parcel`."""
         self._gradients = [_dense(parameter) for parameter in self._parameters]
-        values = self._session.corrected(self.exchange, [cpu_values(gradient) for gradient in self._gradients])
+        self._device = self._session.coding_device(self._gradients)
+        staged = [values_on(self._device, gradient) for gradient in self._gradients]
+        values = self._session.corrected(self.exchange, staged)
         self.exchange.start(values, self._session.stamp)
         self._world.pending.add(self.exchange)
         self._session.observe(self._key, self.exchange, values)
@@ -107,7 +110,7 @@ class Message:
     def finish(self) -> None:
         """See `Parcel`."""
         gradients, self._gradients = self._gradients, []
-        results = [result_buffer(gradient) for gradient in gradients]
+        results = [result_buffer(gradient, self._device) for gradient in gradients]
         self._world.pending.finish(self.exchange, results, self._reduction.scale)
         for parameter, gradient, values in zip(self._parameters, gradients, results, strict=True):
             self._session.arrived(values)

@@ -55,6 +55,10 @@ class DeviceRuntime(Protocol):
         """Start a kernel of `cuda.SIGNATURES`, in stream order."""
         ...
 
+    def synchronise(self) -> None:
+        """Wait until everything that was started has been done."""
+        ...
+
     def is_capturing(self) -> bool:
         """Whether launches are being recorded into a CUDA graph."""
         ...
@@ -90,6 +94,10 @@ class CudaRuntime:
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
             _configured(name, self.device.index, blocks, stream, shared_bytes)(*arguments)
+
+    def synchronise(self) -> None:
+        """Wait for torch's current stream; other threads run on meanwhile."""
+        torch.cuda.current_stream(self.device).synchronize()
 
     def is_capturing(self) -> bool:
         """Whether torch's current stream is being captured."""

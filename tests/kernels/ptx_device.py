@@ -74,6 +74,9 @@ class PtxRuntime:
         machine = Machine(program(name), self.memory)
         machine.launch(blocks, kernels.THREADS, arguments, shared_bytes, together=self._together)
 
+    def synchronise(self) -> None:
+        """The machine is done when a launch returns."""
+
     def is_capturing(self) -> bool:
         return self.capturing
 

@@ -1,0 +1,99 @@
+"""Which device codes the gradients: the GPU that holds them, if its kernels have passed the self check; else the CPU.
+
+Both give the same bits, so ranks need not choose alike. The check is `qoda_kernels.device_check`; it is made when the
+first gradients of a device come, and again when codebooks change.
+"""
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from hvd_qoda.errors import UnsupportedError
+from hvd_qoda.gradient_codec import runtime_of
+from qoda_kernels.device_check import check_device
+from qoda_kernels.device_codec import DeviceRuntime
+from qoda_kernels.layout import EXACT_DTYPES
+from qoda_kernels.registry import CodebookRegistry
+
+__all__ = ["CodecDevice", "checked_problem", "own_stream"]
+
+_CPU = torch.device("cpu")
+_logger = logging.getLogger(__name__)
+
+
+class CodecDevice:
+    """Chooses the device for one model's gradients.
+
+    Args:
+        wanted: "auto", "cpu", or "gpu" for an error instead of the CPU.
+        stratified: whether random numbers are stratified among the ranks.
+    """
+
+    def __init__(self, wanted: Literal["auto", "cpu", "gpu"], stratified: bool) -> None:
+        self._wanted = wanted
+        self._stratified = stratified
+        self._registry: CodebookRegistry | None = None  # whose codebooks were checked
+        self._passed: dict[torch.device, bool] = {}
+        self._said: set[str] = set()
+
+    def of(self, gradients: Sequence[torch.Tensor], registry: CodebookRegistry) -> torch.device:
+        """Where these gradients are to be coded, together.
+
+        Args:
+            gradients: at least one.
+            registry: the codebooks of this step.
+
+        Raises:
+            UnsupportedError: with "gpu", if their GPU cannot do it; the message says why.
+        """
+        device = gradients[0].device
+        runtime = runtime_of(device)
+        if runtime is None and device == _CPU:
+            return _CPU
+        if self._wanted == "cpu":
+            return self._staged(device, "codec_device is 'cpu'")
+        if runtime is None:
+            return self._staged(device, "there are no kernels for this kind of device")
+        if any(gradient.device != device for gradient in gradients):
+            return self._staged(device, "gradients that travel together lie on different devices")
+        if registry is not self._registry:
+            self._registry, self._passed = registry, {}
+        if device not in self._passed:
+            problem = checked_problem(runtime, registry, self._stratified)
+            self._passed[device] = problem is None
+            if problem is not None:
+                self._staged(device, problem)
+        return device if self._passed[device] else _CPU
+
+    def _staged(self, device: torch.device, reason: str) -> torch.device:
+        """The CPU; each reason is given once."""
+        text = f"gradients on {device} are copied to the CPU and coded there, at a cost in every step: {reason}"
+        if self._wanted == "gpu":
+            raise UnsupportedError(f"codec_device='gpu', but {reason} (gradients on {device})")
+        if text not in self._said:
+            self._said.add(text)
+            _logger.warning("%s", text)
+        return _CPU
+
+
+def checked_problem(runtime: DeviceRuntime, registry: CodebookRegistry, stratified: bool = False) -> str | None:
+    """Why a device cannot code the gradients of a registry's parameters; None if it can."""
+    dtypes = {entry.dtype for entry in registry.parameters.values()} & set(EXACT_DTYPES)
+    dtypes.add(torch.float32)  # of means, in a reduce-scatter
+    try:
+        check_device(runtime, registry.codebooks.values(), sorted(dtypes, key=str), stratified)
+    except Exception as error:  # compilers and drivers raise what they like; training goes on without them
+        return f"its self check failed: {type(error).__name__}: {error}"
+    _logger.info("gradients on %s are coded there: its kernels give the CPU's bits", runtime.device)
+    return None
+
+
+def own_stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Lets what this thread does on a device run beside the work of other threads, not behind it."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    stream: contextlib.AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))
+    return stream
