@@ -353,7 +353,9 @@ class ReduceScatterExchange:
 
     def _make_shares(self, wide: MessagePlan, codebooks: Mapping[str, Codebook]) -> tuple[Share, ...]:
         plans = wide.split(self._transport.size)
-        return tuple(Share(plan, pieces_of(wide, plan), GradientCodec(plan, codebooks, self._threads)) for plan in plans)
+        return tuple(
+            Share(plan, pieces_of(wide, plan), GradientCodec(plan, codebooks, self._threads)) for plan in plans
+        )
 
     def _wait_for_first_phase(self) -> None:
         transport = self._transport

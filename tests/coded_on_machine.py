@@ -2,7 +2,7 @@
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from unittest import mock
 
 import numpy as np
@@ -10,10 +10,12 @@ import torch
 
 from hvd_qoda import codec_device, gradient_codec
 from qoda_kernels.device_codec import DeviceRuntime
-from tests.kernels.ptx_device import PtxRuntime
-from tests.kernels.ptx_machine import Array, Memory, PtxError
+from tests.kernels.ptx_device import PtxRuntime, compile_ptx, kernels
+from tests.kernels.ptx_machine import Array, Machine, Memory, Program, PtxError
 
+KERNELS = ("encode", "decode_mean")
 _LARGEST_GAP = 2**20  # between addresses that are looked at as one array
+_MULTIPROCESSORS = 4
 
 
 class HostMemory(Memory):
@@ -36,20 +38,50 @@ class HostMemory(Memory):
 
 
 class MachineRuntime(PtxRuntime):
-    """A runtime for tensors that its user makes."""
+    """A runtime for any tensors of this process.
 
-    def __init__(self) -> None:
-        super().__init__(1, together=True)
+    Args:
+        texts: `compiled()`, perhaps of another process, because compiling takes seconds.
+    """
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        super().__init__(_MULTIPROCESSORS, together=True)
         self.memory = HostMemory()
+        self._programs = {name: Program.parse(text) for name, text in texts.items()}
 
     def expose(self, tensor: torch.Tensor) -> torch.Tensor:
         self._kept.append(tensor)
         return tensor
 
+    def launch(self, name: str, blocks: int, shared_bytes: int, arguments: tuple[int | float, ...]) -> None:
+        self.launches.append(name)
+        Machine(self._programs[name], self.memory).launch(blocks, kernels.THREADS, arguments, shared_bytes)
+
+
+class FlippingRuntime(MachineRuntime):
+    """Writes one bit of every message wrongly."""
+
+    def launch(self, name: str, blocks: int, shared_bytes: int, arguments: tuple[int | float, ...]) -> None:
+        super().launch(name, blocks, shared_bytes, arguments)
+        if name.startswith("encode"):
+            ctypes.c_uint8.from_address(int(arguments[3]) + 100).value ^= 4
+
+
+class BrokenRuntime(MachineRuntime):
+    """Cannot compile anything."""
+
+    def launch(self, name: str, blocks: int, shared_bytes: int, arguments: tuple[int | float, ...]) -> None:
+        raise RuntimeError(f"{name}: no such driver")
+
+
+def compiled(names: tuple[str, ...] = KERNELS) -> dict[str, str]:
+    """PTX of kernels."""
+    return {name: compile_ptx(name, (9, 0)) for name in names}
+
 
 @contextlib.contextmanager
 def gradients_on(runtime: DeviceRuntime) -> Iterator[None]:
-    """Let a runtime take the place of the CPU's codec."""
+    """Let a runtime have all gradients of this process, which lie in host memory."""
 
     def runtime_of(device: torch.device) -> DeviceRuntime:
         return runtime

@@ -96,6 +96,7 @@ WRONG = [
     ({"timeout_s": 0}, "timeout_s=0", "larger than 0"),
     ({"timeout_s": float("inf")}, "timeout_s=inf", "finite"),
     ({"timeout_s": "20"}, "timeout_s='20'", "must be a number"),
+    ({"codec_device": "cuda"}, "codec_device='cuda'", "must be"),
     ({"layers": {"type": "norm"}}, "layers=", "must be a list"),
     ({"layers": [3]}, "layers[0]=3", "must map keys to values"),
     ({"layers": [{"bits": 4}]}, "layers[0]=", "selects no parameters"),

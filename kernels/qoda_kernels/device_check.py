@@ -93,7 +93,8 @@ def _decoded(
 
 
 def _plan(codebooks: Mapping[str, Codebook], dtypes: Sequence[torch.dtype]) -> MessagePlan:
-    slices, coordinate = [], 2**32 - 700  # so that coordinates pass 32 bits
+    slices: list[Slice] = []
+    coordinate = 2**32 - 700  # so that coordinates pass 32 bits
     for key, book in codebooks.items():
         for dtype in dtypes:
             if book.is_exact or dtype != torch.float64:

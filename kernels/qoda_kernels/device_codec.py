@@ -385,10 +385,10 @@ class DeviceCodec(Codec):
             (m.data_ptr(), c.phase, c.source, c.destination, c.registry_version, c.counter - first)
             for m, c in zip(messages, contexts, strict=True)
         )
+        for message in messages:  # also where addresses are known: a view of fewer bytes has the same one
+            self._check_message_buffer(message, WireError)
         if key == self._senders_key:
             return
-        for message in messages:
-            self._check_message_buffer(message, WireError)
         _refuse_capture(self._runtime)
         records = np.zeros(len(messages), dtype=SENDER)
         for record, message, context in zip(records, messages, contexts, strict=True):
