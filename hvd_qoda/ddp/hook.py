@@ -274,6 +274,7 @@ class QodaState:
             session.abandon_step()
         if session.begin_step(world.transport):
             world.forget_exchanges()  # code widths may have changed, and with them the layout of messages
+        world.know_hosts()
         self._pass = Step([Filling(names, {}) for names in self._buffers()])
 
     def _take(self, session: Session, world: World, step: Step, bucket: Arrived, last: bool) -> None:
@@ -319,7 +320,7 @@ def _start(session: Session, world: World, key: str, exchange: Exchange, values:
     for segment, value in zip(segments, values, strict=True):
         sent = per_byte * (segment.end - segment.begin)
         raw = all_reduce_bytes(value.nbytes, world.transport.size)
-        session.account(segment.slice.codebook, segment.slice.length, raw, sent)
+        session.account(segment.slice.codebook, segment.slice.length, raw, sent, world.sends_exactly)
     session.observe(key, exchange, corrected)
 
 

@@ -2,19 +2,23 @@
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
+from hvd_qoda.ddp.all_reduce import AllReduceExchange
 from hvd_qoda.ddp.fusion import plan_of
 from hvd_qoda.ddp.ordered import OrderedExchanges
 from hvd_qoda.ddp.worker import ExchangeThread
 from hvd_qoda.errors import ConfigError, QodaError
 from hvd_qoda.exchange import Exchange
+from hvd_qoda.hosts import Hosts, gather_hosts
 from hvd_qoda.schemes import make_exchange
 from hvd_qoda.session import Session
 from hvd_qoda.torch_distributed import TorchTransport
+from qoda_kernels.codebook import Codebook
+from qoda_kernels.layout import MessagePlan
 from qoda_kernels.registry import CodebookRegistry
 from qoda_kernels.worker_threads import WorkerThreads, allotted_threads
 
@@ -68,16 +72,14 @@ class World:
         session: whose gradients are exchanged.
 
     Raises:
-        ConfigError: for an exchange that this front end does not offer.
+        ConfigError: for exchange="off" with what needs quantized gradients.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, session: Session) -> None:
         scheme = session.config.exchange
-        if scheme == "off":
-            raise ConfigError('exchange="off": to let DistributedDataParallel reduce the gradients, register no hook')
-        if scheme == "hierarchical":
+        if scheme == "off" and (session.config.worker_norms or session.config.error_feedback):
             raise ConfigError(
-                'exchange="hierarchical" is offered by the Horovod front end only; with DistributedDataParallel use '
+                'exchange="off" quantizes nothing, and worker_norms and error_feedback need quantized gradients: use '
                 '"by_bytes", "allgather" or "reduce_scatter"'
             )
         ranks = TorchTransport(process_group).ranks
@@ -99,8 +101,19 @@ class World:
         self.thread = ExchangeThread(self.exchanges, self._timeout_s, where, self.outstanding.fail, device)
         self._threads = WorkerThreads(allotted_threads(os.environ))
         self._scheme = "by_bytes" if scheme == "auto" else scheme
+        self._hosts: Hosts | None = None
         self._made: dict[tuple[tuple[str, ...], tuple[torch.dtype, ...]], Exchange] = {}
         self._used: set[tuple[tuple[str, ...], tuple[torch.dtype, ...]]] = set()
+
+    @property
+    def sends_exactly(self) -> bool:
+        """Whether all gradients travel as they are."""
+        return self._scheme == "off"
+
+    def know_hosts(self) -> None:
+        """Find out which ranks share a host, if the exchange needs it; a collective call that waits, once."""
+        if self._hosts is None and self._scheme == "hierarchical":
+            self._hosts = gather_hosts(self.transport)
 
     def exchange(self, registry: CodebookRegistry, names: Sequence[str], dtypes: Sequence[torch.dtype]) -> Exchange:
         """The exchange of a fusion buffer.
@@ -114,11 +127,18 @@ class World:
         self._used.add(key)
         found = self._made.get(key)
         if found is None:
-            plan = plan_of(names, dtypes, registry)
-            name = f"fusion buffer of {names[0]!r} to {names[-1]!r}"
-            found = make_exchange(self._scheme, plan, registry.codebooks, self.transport, name, self._threads)
+            found = self._new_exchange(plan_of(names, dtypes, registry), registry.codebooks, names)
             self._made[key] = found
         return found
+
+    def _new_exchange(self, plan: MessagePlan, codebooks: Mapping[str, Codebook], names: Sequence[str]) -> Exchange:
+        name = f"fusion buffer of {names[0]!r} to {names[-1]!r}"
+        if not self.sends_exactly:
+            return make_exchange(self._scheme, plan, codebooks, self.transport, name, self._threads, self._hosts)
+        exact = MessagePlan.build(
+            [segment.slice for segment in plan.segments], dict.fromkeys(codebooks, Codebook.exact())
+        )
+        return AllReduceExchange(exact, self.transport, name)
 
     def end_step(self) -> None:
         """Forget exchanges that have not been asked for in this step."""

@@ -4,6 +4,7 @@ import json
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import PropertyMock, patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import hvd_qoda
 from hvd_qoda import ddp
 from hvd_qoda.errors import ConfigError, QodaError, RegistryError
+from hvd_qoda.torch_distributed import TorchTransport
 from tests.ddp.training import Net, Run
 from tests.launcher import RankPool
 
@@ -247,14 +249,57 @@ def test_a_missing_peer_is_an_error_at_the_deadline() -> None:
     assert "did not finish within 1 s" in told
 
 
-def exchanges_of_another_front_end() -> None:
-    for exchange in ("off", "hierarchical"):
-        with pytest.raises(ConfigError, match=f'exchange="{exchange}"'):
-            Run({**QUICK, "exchange": exchange}).step(0)
+def trained_on_two_hosts(exchange: str) -> Any:
+    """As if ranks 0, 1 and ranks 2, 3 had a host each."""
+    name = PropertyMock(side_effect=lambda: f"host {dist.get_rank() // 2}")
+    with patch.object(TorchTransport, "host_name", new=name):
+        return trained({"exchange": exchange}), gradients_beside_ddps_own({"exchange": exchange})
 
 
-def test_exchanges_that_are_not_offered(two_ranks: RankPool) -> None:
-    two_ranks.run(exchanges_of_another_front_end)
+def test_hierarchical_on_two_hosts(four_ranks: RankPool) -> None:
+    outcomes = four_ranks.run(trained_on_two_hosts, "hierarchical")
+    assert len({bits for (bits, *_), _ in outcomes}) == 1
+    assert {version for (_, _, version, _), _ in outcomes} == {1}
+    sent = {bytes_sent for (*_, bytes_sent), _ in outcomes}
+    assert max(sent) < 1.1 * min(sent)
+    assert all(0.01 < distance < 0.15 for _, distance in outcomes)
+
+
+def gradients_beside_ddps_own(options: dict[str, Any]) -> float:
+    """Relative distance of the mean gradient from DDP's own."""
+    own, run = Run(), Run({**QUICK, **options})
+    for each in (own, run):
+        each.loss(0).backward()
+    return float((run.gradients() - own.gradients()).norm() / own.gradients().norm())
+
+
+def uncompressed(dtype: torch.dtype) -> tuple[bytes, float, float]:
+    run = Run({**QUICK, "exchange": "off"}, dtype=dtype)
+    for step in range(4):
+        run.step(step)
+    assert run.state is not None
+    full = 1.5 * sum(p.numel() * p.itemsize for p in run.model.parameters())  # of an all-reduce by 4 ranks
+    sent = run.state.traffic.sent.get("all_reduce", 0) / 4
+    return run.bits(), sent / full, gradients_beside_ddps_own({"exchange": "off"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_off_is_an_all_reduce(four_ranks: RankPool, dtype: torch.dtype) -> None:
+    outcomes = four_ranks.run(uncompressed, dtype)
+    assert len({bits for bits, *_ in outcomes}) == 1
+    for _, share, distance in outcomes:
+        assert share == pytest.approx(1.0)
+        assert distance < 1e-6
+
+
+def nothing_quantized_but_needed() -> None:
+    for needed in ("worker_norms", "error_feedback"):
+        with pytest.raises(ConfigError, match='exchange="off" quantizes nothing'):
+            Run({**QUICK, "exchange": "off", needed: True}).step(0)
+
+
+def test_off_with_what_needs_quantized_gradients(two_ranks: RankPool) -> None:
+    two_ranks.run(nothing_quantized_but_needed)
 
 
 def another_model() -> None:
