@@ -40,6 +40,7 @@ __all__ = [
     "break_even_bytes_per_s",
     "choose",
     "fit_cost",
+    "host_bytes",
     "predict",
 ]
 
@@ -353,6 +354,36 @@ def predict(
     return Prediction(scheme, count, work.sent_bytes, coding, work.sending_s, seconds, buffer_bytes)
 
 
+def host_bytes(scheme: str, layout: Layout, ranks: Ranks) -> float:
+    """Bytes that each host's connection carries away in a step, of L ranks on each of H hosts, K in all.
+
+    Hosts' all-reduces and all-gathers are rings, of which one link leaves each host: what one rank sends passes there.
+    In an all-to-all every rank sends to K - L ranks elsewhere, in a hierarchical exchange to H - 1.
+
+    Args:
+        scheme: one of `SCHEMES`.
+        layout: what is exchanged.
+        ranks: among whom; 0 bytes where there is one host only.
+
+    Raises:
+        ConfigError: for an unknown scheme.
+    """
+    size, local, hosts = ranks.size, ranks.local_size, ranks.hosts
+    if scheme not in SCHEMES:
+        raise ConfigError(f"scheme must be one of {', '.join(SCHEMES)}; got {scheme!r}")
+    if hosts == 1:
+        return 0.0
+    if scheme in ("off", "fp16"):
+        raw = layout.raw_bytes if scheme == "off" else min(layout.raw_bytes, 2 * layout.elements)
+        return all_reduce_bytes(raw, size)
+    if scheme == "allgather":
+        return all_gather_bytes(layout.message_bytes, size)
+    if scheme == "reduce_scatter":
+        shares = layout.message_bytes + layout.messages * (size - 1) * HEADER_BYTES
+        return local * (size - local) / size * shares + (size - 1) / size * shares
+    return local * _sent_across_hosts(layout.messages, layout.message_bytes / local, hosts)
+
+
 def choose(
     layout: Layout,
     ranks: Ranks,
@@ -521,9 +552,14 @@ def _across_hosts(
     elements: float, calls: int, message_bytes: float, hosts: int, cost: CollectiveCost, codec: CodecSpeed
 ) -> _Work:
     """One rank's share among its fellows of all hosts, by the scheme that `exchange_by_bytes` takes for it."""
-    shares = message_bytes / calls + (hosts - 1) * HEADER_BYTES
-    saved = (hosts - 1) * (message_bytes / calls - 2 / hosts * shares)
-    if saved >= WORTH_A_ROUND_TRIP_BYTES:
+    sent = _sent_across_hosts(calls, message_bytes, hosts)
+    if sent < (hosts - 1) * message_bytes:
         return _reduce_scatter_work(elements, calls, message_bytes, hosts, codec, (cost, cost))
-    sent = (hosts - 1) * message_bytes
     return _Work(codec.encode(elements, calls), codec.decode(elements, hosts, calls), cost.seconds(sent, calls), sent)
+
+
+def _sent_across_hosts(calls: int, message_bytes: float, hosts: int) -> float:
+    """Bytes that one rank sends to its fellows of all hosts, by the scheme that `exchange_by_bytes` takes for it."""
+    shares = message_bytes + calls * (hosts - 1) * HEADER_BYTES
+    at_once, in_two_phases = (hosts - 1) * message_bytes, 2 * (hosts - 1) / hosts * shares
+    return in_two_phases if at_once - in_two_phases >= calls * WORTH_A_ROUND_TRIP_BYTES else at_once

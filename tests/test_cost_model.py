@@ -19,6 +19,7 @@ from hvd_qoda.cost_model import (
     break_even_bytes_per_s,
     choose,
     fit_cost,
+    host_bytes,
     predict,
 )
 from hvd_qoda.errors import ConfigError
@@ -124,6 +125,27 @@ def test_predicted_bytes_are_those_of_the_exchange(scheme: str, size: int, eleme
     sent = sum(exchange.sent_bytes for exchange in exchanges) / size
     predicted = predict(scheme, Layout.of([plan]), Ranks(size), LINK, FREE).sent_bytes
     assert predicted == pytest.approx(sent, abs=2 * size * 16)  # padding of the shares
+
+
+@pytest.mark.parametrize("scheme", ["off", "fp16", "allgather", "reduce_scatter"])
+def test_a_host_with_one_rank_sends_what_its_rank_sends(scheme: str) -> None:
+    layout = replace(LAYOUT, messages=3)
+    for size in (2, 3, 8):
+        predicted = predict(scheme, layout, Ranks(size), LINK, FREE).sent_bytes
+        assert host_bytes(scheme, layout, Ranks(size)) == pytest.approx(predicted)
+
+
+def test_bytes_between_hosts_of_two_ranks() -> None:
+    two, four = Ranks(4, local_size=2), Ranks(8, local_size=2)
+    assert host_bytes("off", LAYOUT, two) == 6_000_000  # a ring leaves each host once
+    assert host_bytes("allgather", LAYOUT, two) == 3 * 640_000
+    shares = 640_000 + 3 * HEADER_BYTES
+    assert host_bytes("reduce_scatter", LAYOUT, two) == 2 * shares / 2 + 0.75 * shares
+    assert host_bytes("hierarchical", LAYOUT, two) == 640_000  # each share once
+    assert host_bytes("hierarchical", LAYOUT, four) == pytest.approx(2 * 1.5 * (320_000 + 3 * HEADER_BYTES))
+    assert host_bytes("off", LAYOUT, Ranks(4, local_size=4)) == 0
+    with pytest.raises(ConfigError, match="ring"):
+        host_bytes("ring", LAYOUT, two)
 
 
 def test_choice_is_the_cheapest_and_says_why() -> None:

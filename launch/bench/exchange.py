@@ -6,7 +6,8 @@
 Runs each method in `sandbox.py`'s hosts, which needs its privileges. The mean of a whole gradient is timed, nothing
 overlaps with computing; encoding and decoding are included. A round ends when the slowest rank has the mean; methods
 take turns, and the median over the rounds counts. Bytes are those that a host's interface has sent in a round, packet
-headers and the host's negotiation included, averaged over the ranks; `formula_bytes` is the payload alone. Rows with
+headers and the host's negotiation included, averaged over the hosts; `formula_bytes` is the payload alone (with several
+ranks on a host `hvd_qoda.cost_model.host_bytes`; what stays inside a host is in neither). Rows with
 more ranks than cores are marked oversubscribed: their ranks share cores, which makes whatever needs the processor
 slower than on real hosts.
 """

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hvd_qoda.cost_model import CodecSpeed, Layout, Link, Ranks, predict
+from hvd_qoda.cost_model import CodecSpeed, Layout, Link, Ranks, host_bytes, predict
 from hvd_qoda.exchange import Exchange, PendingExchanges, Stamp
 from hvd_qoda.hosts import gather_hosts
 from hvd_qoda.measurement import measure_codec, measure_link
@@ -66,7 +66,7 @@ class Method:
         prepare: writes the gradient.
         run: averages it.
         result: the mean of the last run, flat.
-        formula_bytes: payload that this rank sends in one run.
+        formula_bytes: payload that this rank's host sends in one run.
         predicted_s: seconds that the cost model predicts, if it does.
         note: what the table should say of it.
     """
@@ -138,11 +138,23 @@ class HorovodMethods:
         ]
 
     def _prediction(self, scheme: str) -> Any:
-        ranks = Ranks(self.transport.size, self._setting.local_size)
+        return predict(scheme, self._layout(scheme), self._ranks, self._link, self._codec)
+
+    def _layout(self, scheme: str) -> Layout:
         layout = Layout.of(self._plans())
         if scheme in ("off", "fp16"):
             layout = Layout(layout.elements, layout.raw_bytes, layout.message_bytes, 1)
-        return predict(scheme, layout, ranks, self._link, self._codec)
+        return layout
+
+    @property
+    def _ranks(self) -> Ranks:
+        return Ranks(self.transport.size, self._setting.local_size)
+
+    def _formula_bytes(self, scheme: str, exchanges: Sequence[Exchange]) -> float:
+        """Of a host with one rank to the byte; of one with several by the cost model's formula."""
+        if exchanges and self._setting.local_size == 1:
+            return float(sum(exchange.sent_bytes for exchange in exchanges))
+        return host_bytes(scheme, self._layout(scheme), self._ranks)
 
     def _host(self, name: str) -> Method:
         hvd = self._hvd
@@ -155,27 +167,27 @@ class HorovodMethods:
             reduced = hvd.synchronize(hvd.allreduce_async_(compressed, name=f"bench.{name}", op=hvd.Average))
             kept[:] = [compression.decompress(reduced, context)]
 
-        sent = self._all_reduced_bytes(4 if name == FP32 else 2)
+        scheme = SCHEME_OF[name]
+        sent = self._formula_bytes(scheme, ())
         return Method(
-            lambda: values.copy_(self._gradient), run, lambda: kept[0], sent, self._prediction(SCHEME_OF[name]).seconds
+            lambda: values.copy_(self._gradient), run, lambda: kept[0], sent, self._prediction(scheme).seconds
         )
 
     def _ours(self, scheme: str, predicted_s: float) -> Method:
         exchanges = self._exchanges(scheme)
         values = self._gradient.clone()
-        sent = float(sum(exchange.sent_bytes for exchange in exchanges))
         return Method(
             lambda: values.copy_(self._gradient),
             lambda: self._exchange(exchanges, values),
             lambda: values,
-            sent,
+            self._formula_bytes(scheme, exchanges),
             predicted_s,
         )
 
     def _auto(self) -> Method:
         """What `exchange="auto"` does: predicts, tries the best predictions in the first steps, keeps the fastest."""
         plans = {f"buffer{number}": plan for number, plan in enumerate(self._plans())}
-        ranks = Ranks(self.transport.size, self._setting.local_size)
+        ranks = self._ranks
         costs = Costs(ranks, self._link, self._codec)
         choice = SchemeChoice([scheme for scheme in ranks.schemes if scheme != "fp16"], "bench.choice")
         made: dict[str, list[Exchange]] = {}
@@ -195,9 +207,9 @@ class HorovodMethods:
             run()
         assert choice.chosen is not None  # after the first step
         scheme, predicted_s = choice.chosen.name, choice.chosen.predicted_s
-        sent = sum(exchange.sent_bytes for exchange in made[scheme]) if scheme in made else self._all_reduced_bytes(4)
+        sent = self._formula_bytes(scheme, made.get(scheme, ()))
         note = f"chose {scheme}"
-        return Method(lambda: values.copy_(self._gradient), run, lambda: values, float(sent), predicted_s, note)
+        return Method(lambda: values.copy_(self._gradient), run, lambda: values, sent, predicted_s, note)
 
     def _exchanges(self, scheme: str) -> list[Exchange]:
         return [
@@ -218,9 +230,6 @@ class HorovodMethods:
             pending.add(exchange)
         for exchange, part in zip(exchanges, parts, strict=True):
             pending.finish(exchange, [part])
-
-    def _all_reduced_bytes(self, width: int) -> float:
-        return 2 * (self.transport.size - 1) / self.transport.size * width * self._setting.elements
 
 
 class TorchMethods:
