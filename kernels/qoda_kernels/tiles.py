@@ -265,13 +265,19 @@ def sum_words(
     return types.uint64(types.uint64, types.int64, types.uint64, types.uint64), generate
 
 
-def _hash(word: Words, first: Words, second: Words) -> Words:
-    """`dither.hash32` of coordinates, given their numbers times the Weyl multiplier."""
-    word = word ^ first
-    word = word ^ (word >> 15)
-    word = (word * FIRST_MULTIPLIER) ^ second
-    word = word ^ (word >> 15)
-    word = word * SECOND_MULTIPLIER
+def _hash(word: Words, first: Words, second: Words, is_crowded: bool = False) -> Words:
+    """`dither.hash32` of coordinates, given their numbers times the Weyl multiplier.
+
+    Each word of the key is xored after the shift, with its own shifted bits, so that both xors are one operation; but
+    before it where the code around leaves no registers for that (is_crowded).
+    """
+    for key, multiplier in ((first, FIRST_MULTIPLIER), (second, SECOND_MULTIPLIER)):
+        if is_crowded:
+            word = word ^ key
+            word = word ^ (word >> 15)
+        else:
+            word = word ^ (word >> 15) ^ (key ^ (key >> 15))
+        word = word * multiplier
     return word ^ (word >> 15)
 
 
@@ -338,15 +344,16 @@ class _Rounding:
         return index.minimum(2 ** (self._bits - 1) - 2)
 
 
-def _codes(values: Words, position: Floats, random: Words | int, bits: int, shift: int) -> Words:
+def _codes(values: Words, position: Floats, random: Words | int, bits: int, shift: int, is_bounded: bool) -> Words:
     """Code words of coordinates, in the highest bits of each element, given positions and 16 random bits for each.
 
-    The sign is there already. Below the level index its fraction remains.
+    Below the level index its fraction remains. The highest bit is free for the sign: the bit above the level index's
+    is zero in _ROUNDING_BITS, too. Where positions and random bits cannot lead beyond the highest level, is_bounded.
     """
     dithered = (position + _ROUNDING_CONSTANT).as_words() + (random >> (16 - shift))
-    largest = _ROUNDING_BITS + (1 << (bits - 1 + shift)) - 1
-    level = dithered.minimum(largest) << (32 - bits - shift)
-    return (values & 0x80000000) | (level & 0x7FFFFFFF)
+    if not is_bounded:
+        dithered = dithered.minimum(_ROUNDING_BITS + (1 << (bits - 1 + shift)) - 1)
+    return (values & 0x80000000) | (dithered << (32 - bits - shift))
 
 
 def _nearest_codes(
@@ -356,7 +363,7 @@ def _nearest_codes(
     words = [Words.multiples(builder, 0, positions[0].count)] * 2
     for row in reversed(range(ROWS)):
         values = Words.load(builder, places[row], positions[row].count)
-        code = _codes(values, positions[row], 0, bits, shift)
+        code = _codes(values, positions[row], 0, bits, shift, is_bounded=False)
         half = row // (ROWS // 2)
         words[half] = words[half].shifted_in(code, bits)
         level = look_up(level_table, (code & 0x7FFFFFFF) >> (32 - bits))
@@ -445,15 +452,18 @@ def encode_tile(
                 continue
             number = Words.filled(builder, weyl, width) + Words.multiples(builder, WEYL_MULTIPLIER, width, begin)
             strata = _Strata(builder, key, common_first, number, row_step) if is_stratified else None
+            # A magnitude is at most the norm, times (1 + 2^-23) with what roundings add: the rounded position is at
+            # most that of the highest level. Stratified bits may be 2^16, by a rounding.
+            is_bounded = method == UNIFORM and not is_stratified
             words = [Words.multiples(builder, 0, width)] * 2  # of rows 0-3 and of rows 4-7
             number = number + row_step + row_step + row_step
             for row in reversed(range(ROWS // 2)):
-                both = _hash(number, *key_words)
+                both = _hash(number, *key_words, is_crowded=method == MINIMUM)
                 for half, random in enumerate((both & 0xFFFF, both >> 16)):
                     place = row + half * ROWS // 2
                     values = Words.load(builder, places[place], width)
                     used = random if strata is None else strata.dither(random, place, values)
-                    code = _codes(values, positions[place], used, bits, shift)
+                    code = _codes(values, positions[place], used, bits, shift, is_bounded)
                     words[half] = words[half].shifted_in(code, bits)
                 number = number - row_step
             low, high = words
