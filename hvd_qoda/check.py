@@ -18,11 +18,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hvd_qoda.codec_device import checked_problem
+from hvd_qoda.gradient_codec import runtime_of
 from hvd_qoda.hosts import gather_hosts
 from hvd_qoda.launched import launched_ranks
 from hvd_qoda.measurement import fitted_codebook, measure_codec, measure_link
 from hvd_qoda.transport import LocalTransport
 from qoda_kernels import __version__
+from qoda_kernels.codebook import Codebook
+from qoda_kernels.registry import COMPRESSIBLE_DTYPES
 from qoda_kernels.wire import WIRE_VERSION
 from qoda_kernels.worker_threads import WorkerThreads, allotted_threads
 
@@ -55,6 +59,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
             "packages": {name: _version(name) for name in _PACKAGES},
             "hosts": hosts,
             "gpus": _gpus(),
+            "coding_on_gpus": _coding_on_gpus(options.bits),
             "codec": {"bits": options.bits, "threads": threads.count, **asdict(codec)},
             "link": None,
         }
@@ -78,6 +83,9 @@ def show(found: dict[str, Any], console: Console) -> None:
     for name, host in found["hosts"].items():
         table.add_row(f"{name} works", host["problem"] or host["says"])
     table.add_row("GPUs", ", ".join(found["gpus"]) or "none that torch can use")
+    for index, problem in enumerate(found["coding_on_gpus"]):
+        said = "passed the self check: same bits as the CPU" if problem is None else f"no, the CPU does it: {problem}"
+        table.add_row(f"coding on GPU {index}", said)
     codec = found["codec"]
     table.add_row(
         f"codec, {codec['bits']} bits",
@@ -143,6 +151,13 @@ def _host(package: str, program: str, says: str, advice: str) -> dict[str, str |
         return {"says": says.format(lines[-1]), "problem": None}
     reason = (outcome.stderr.strip().splitlines() or [f"exit status {outcome.returncode}"])[-1]
     return {"says": None, "problem": f"does not work: {reason}; {advice}"}
+
+
+def _coding_on_gpus(bits: int) -> list[str | None]:
+    """For every GPU why it cannot code gradients, or None if it can."""
+    runtimes = [runtime_of(torch.device("cuda", index)) for index in range(len(_gpus()))]
+    books = [fitted_codebook(bits), Codebook.exact()]
+    return [None if each is None else checked_problem(each, books, COMPRESSIBLE_DTYPES) for each in runtimes]
 
 
 def _gpus() -> list[str]:

@@ -6,13 +6,14 @@ first gradients of a device come, and again when codebooks change.
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 
 from hvd_qoda.errors import UnsupportedError
 from hvd_qoda.gradient_codec import runtime_of
+from qoda_kernels.codebook import Codebook
 from qoda_kernels.device_check import check_device
 from qoda_kernels.device_codec import DeviceRuntime
 from qoda_kernels.layout import EXACT_DTYPES
@@ -62,7 +63,9 @@ class CodecDevice:
         if registry is not self._registry:
             self._registry, self._passed = registry, {}
         if device not in self._passed:
-            problem = checked_problem(runtime, registry, self._stratified)
+            dtypes = {entry.dtype for entry in registry.parameters.values()} & set(EXACT_DTYPES)
+            dtypes.add(torch.float32)  # of means, in a reduce-scatter
+            problem = checked_problem(runtime, registry.codebooks.values(), dtypes, self._stratified)
             self._passed[device] = problem is None
             if problem is not None:
                 self._staged(device, problem)
@@ -79,14 +82,15 @@ class CodecDevice:
         return _CPU
 
 
-def checked_problem(runtime: DeviceRuntime, registry: CodebookRegistry, stratified: bool = False) -> str | None:
-    """Why a device cannot code the gradients of a registry's parameters; None if it can."""
-    dtypes = {entry.dtype for entry in registry.parameters.values()} & set(EXACT_DTYPES)
-    dtypes.add(torch.float32)  # of means, in a reduce-scatter
+def checked_problem(
+    runtime: DeviceRuntime, codebooks: Iterable[Codebook], dtypes: Iterable[torch.dtype], stratified: bool = False
+) -> str | None:
+    """Why a device cannot code gradients of these dtypes with these codebooks; None if it can."""
     try:
-        check_device(runtime, registry.codebooks.values(), sorted(dtypes, key=str), stratified)
+        check_device(runtime, codebooks, sorted(dtypes, key=str), stratified)
     except Exception as error:  # compilers and drivers raise what they like; training goes on without them
-        return f"its self check failed: {type(error).__name__}: {error}"
+        hint = "; the kernels need pip install 'hvd-qoda[cuda]'" if isinstance(error, ImportError) else ""
+        return f"its self check failed: {type(error).__name__}: {error}{hint}"
     _logger.info("gradients on %s are coded there: its kernels give the CPU's bits", runtime.device)
     return None
 

@@ -16,12 +16,12 @@ import torch
 
 from hvd_qoda.cost_model import CodecSpeed, CollectiveCost, Link, fit_cost
 from hvd_qoda.exchange import Stamp
+from hvd_qoda.gradient_codec import GradientCodec
 from hvd_qoda.hosts import Hosts, SubgroupTransport
-from hvd_qoda.staging import cpu_values, written_back
+from hvd_qoda.staging import values_on, written_back
 from hvd_qoda.traffic import all_reduce_bytes
 from hvd_qoda.transport import Handle, ReducingTransport, Transport, all_gather_array
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.codec import Codec
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.wire import MessageContext
 from qoda_kernels.worker_threads import WorkerThreads
@@ -44,6 +44,7 @@ _CODEC_MESSAGES = 4
 _BESIDE_BYTES = (2**20, 2**23)  # sent while coding goes on, the more the faster the link
 _BESIDE_S = 0.02
 _STAMP = Stamp(0, 0, 0)
+_CPU = torch.device("cpu")
 
 _GAUSSIAN_VALUES = 2**16  # repeated; so many that no branch predictor learns them by heart
 
@@ -121,6 +122,7 @@ def measure_codec(
     device: torch.device | None = None,
     name: str = "hvd_qoda.codec_speed",
     elements: int = _CODEC_ELEMENTS[-1],
+    coding_device: torch.device = _CPU,
 ) -> CodecSpeed:
     """Time the codec on Gaussian float32 gradients, on all ranks at once; a collective call that waits.
 
@@ -131,6 +133,7 @@ def measure_codec(
         device: where gradients are; the way to the codec and back counts. By default the CPU.
         name: of the collective; the same on every rank.
         elements: of all gradients of a step. Where these are more than caches hold, gradients are taken from memory.
+        coding_device: what codes them.
 
     Returns:
         The slowest rank's speed, on which all others wait; the same numbers on every rank.
@@ -139,7 +142,8 @@ def measure_codec(
     def together() -> None:
         all_gather_array(transport, np.zeros(1), f"{name}.begin")
 
-    own = _codec_speed(codebook, threads, torch.device("cpu") if device is None else device, together, elements)
+    devices = (_CPU if device is None else device, coding_device)
+    own = _codec_speed(codebook, threads, devices, together, elements)
     all_ranks = all_gather_array(transport, np.array(astuple(own)), name)
     slowest = CodecSpeed(*(float(value) for value in all_ranks.max(axis=0)))
     if transport.size == 1:
@@ -280,13 +284,13 @@ def _next_size(times: Mapping[int, float], largest: int, left_s: float) -> tuple
 def _codec_speed(
     codebook: Codebook,
     threads: WorkerThreads | None,
-    device: torch.device,
+    devices: tuple[torch.device, torch.device],
     together: Callable[[], None],
     step_elements: int,
 ) -> CodecSpeed:
     count = min(_MOST_CODEC_GRADIENTS, max(1, round(step_elements / _CODEC_ELEMENTS[-1])))
-    timed = [_CodecTimes.measure(codebook, size, count, threads, device, together) for size in _CODEC_ELEMENTS]
-    exact = _CodecTimes.measure(Codebook.exact(), _CODEC_ELEMENTS[-1], count, threads, device, together)
+    timed = [_CodecTimes.measure(codebook, size, count, threads, devices, together) for size in _CODEC_ELEMENTS]
+    exact = _CodecTimes.measure(Codebook.exact(), _CODEC_ELEMENTS[-1], count, threads, devices, together)
     call, encode = fit_cost(_CODEC_ELEMENTS, [times.encode for times in timed])
     large, elements = timed[-1], _CODEC_ELEMENTS[-1]
     decode = max(0.0, (large.decode_many - large.decode_one) / (elements * (_CODEC_MESSAGES - 1)))
@@ -312,20 +316,25 @@ class _CodecTimes:
         elements: int,
         count: int,
         threads: WorkerThreads | None,
-        device: torch.device,
+        devices: tuple[torch.device, torch.device],
         together: Callable[[], None],
     ) -> "_CodecTimes":
-        """Times for `count` gradients of so many elements, taken in turns."""
+        """Times for `count` gradients of so many elements, taken in turns; `devices`: that hold and that code them."""
+        device, coding_device = devices
         codec, values, context = _codec_for(codebook, elements, threads)
         gradients = [values.to(device).clone() for _ in range(count)]
         contexts = [_STAMP.context(0, source, 0) for source in range(_CODEC_MESSAGES)]
         messages = [codec.encode([values], context) for context in contexts]
 
         def encode(gradient: torch.Tensor) -> None:
-            codec.encode([cpu_values(gradient)], context, messages[0])
+            codec.encode([values_on(coding_device, gradient)], context, messages[0])
 
         def decode(gradient: torch.Tensor, count: int) -> None:
-            written_back(gradient, lambda out: _ignore(codec.decode_mean(messages[:count], contexts[:count], [out])))
+            written_back(
+                gradient,
+                lambda out: _ignore(codec.decode_mean(messages[:count], contexts[:count], [out])),
+                coding_device,
+            )
 
         def seconds(run: Callable[[torch.Tensor], object]) -> float:
             return _seconds_of(run, gradients, together)
@@ -340,12 +349,12 @@ class _CodecTimes:
 
 def _codec_for(
     codebook: Codebook, elements: int, threads: WorkerThreads | None
-) -> tuple[Codec, torch.Tensor, MessageContext]:
+) -> tuple[GradientCodec, torch.Tensor, MessageContext]:
     """A codec, a gradient for it, and the context of its first message."""
     books = {"measured": codebook}
     plan = MessagePlan.build([Slice("measured", 0, elements, torch.float32, "measured", 0)], books)
     gradient = torch.randn(elements, generator=torch.Generator().manual_seed(0))
-    return Codec(plan, books, threads), gradient, _STAMP.context(0, 0, 0)
+    return GradientCodec(plan, books, threads), gradient, _STAMP.context(0, 0, 0)
 
 
 def _ignore(_: Sequence[torch.Tensor]) -> None:

@@ -100,6 +100,23 @@ def test_check_tells_what_is_there(
     assert found["link"] is None
 
 
+def test_check_tells_whether_gpus_can_code_gradients(
+    codec: CodecSpeed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = {"says": "not installed", "problem": None}
+    monkeypatch.setattr(check, "_horovod", lambda: works)
+    monkeypatch.setattr(check, "_deepspeed", lambda: works)
+    monkeypatch.setattr(check, "_gpus", lambda: ["first", "second"])
+    monkeypatch.setattr(check, "runtime_of", lambda device: device)
+    problems = {0: None, 1: "no such driver"}
+    monkeypatch.setattr(check, "checked_problem", lambda runtime, books, dtypes: problems[runtime.index])
+    assert run_json(capsys, "check")["coding_on_gpus"] == [None, "no such driver"]
+    assert cli.main(["check"]) == 0
+    text = capsys.readouterr().out
+    assert "passed the self check" in text
+    assert "no such driver" in text
+
+
 def test_check_fails_where_something_installed_does_not_work(
     codec: CodecSpeed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

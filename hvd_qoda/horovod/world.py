@@ -145,9 +145,11 @@ class World:
         for plan in messages.values():
             for segment in plan.segments:
                 elements[segment.slice.codebook] += segment.slice.length
-        device = next(iter(session.parameters.values())).device
+        parameter = next(iter(session.parameters.values()))
+        device = parameter.device
         link = measure_link(self.transport, self._hosts, device, layout.raw_bytes, name=f"{session.name}.link")
         codebook = session.registry.codebooks[elements.most_common(1)[0][0]] if elements else Codebook.exact()
         name = f"{session.name}.codec"
-        codec = measure_codec(codebook, self.transport, self._threads, device, name, layout.elements)
+        coding = session.coding_device([parameter])
+        codec = measure_codec(codebook, self.transport, self._threads, device, name, layout.elements, coding)
         return Costs(self._hosts.ranks, link, codec)
