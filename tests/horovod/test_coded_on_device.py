@@ -1,4 +1,4 @@
-"""Gradients coded on the device that holds them, under Horovod: the PTX machine, or one that is not to be trusted."""
+"""Gradients coded on the device that holds them, under Horovod: the PTX machine, a wrong one, or a GPU."""
 
 import hashlib
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 import hvd_qoda
 from hvd_qoda import codec_device
 from tests.coded_on_machine import KERNELS, FlippingRuntime, MachineRuntime, compiled, gradients_on
-from tests.horovod.training import make_model, make_optimizer, make_qoda, train
+from tests.horovod.training import batch, make_model, make_optimizer, make_qoda
 from tests.launcher import RankPool
 
 STEPS = 3
@@ -21,8 +21,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(overlapping: bool, options: dict[str, Any]) -> str:
-    model = make_model(width=24)
+def trained(overlapping: bool, options: dict[str, Any], device: str = "cpu") -> str:
+    model = make_model(width=24).to(device)
     # Levels are fitted before the third step.
     compression = make_qoda(model, **{"update_levels": {"at": (3,)}, "min_numel": 100, **options})
     if overlapping:
@@ -31,10 +31,14 @@ def trained(overlapping: bool, options: dict[str, Any]) -> str:
         )
     else:
         optimizer = make_optimizer(model, compression)
-    train(model, optimizer, range(STEPS))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        inputs, labels = batch(step)
+        torch.nn.functional.cross_entropy(model(inputs.to(device)), labels.to(device)).backward()
+        optimizer.step()
     digest = hashlib.blake2b()
     for parameter in model.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
+        digest.update(parameter.detach().cpu().numpy().tobytes())
     assert compression.registry.version == 1
     return digest.hexdigest()
 
@@ -76,3 +80,18 @@ def test_a_device_that_fails_its_self_check_changes_nothing(two_ranks: RankPool)
     for plain, found, was_tried in two_ranks.run(with_a_wrong_bit, compiled(KERNELS)):
         assert found == plain
         assert was_tried
+
+
+def coded_on_either(overlapping: bool, options: dict[str, Any]) -> tuple[str, str]:
+    """Gradients on the first GPU, of which all ranks have a part."""
+    cpu, gpu = (trained(overlapping, {**options, "codec_device": each}, "cuda:0") for each in ("cpu", "gpu"))
+    return cpu, gpu
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU, or torch is a CPU build")
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlapping", [False, True], ids=["stock", "overlapping"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_gpu_gives_the_bits_of_the_cpu(two_ranks: RankPool, name: str, overlapping: bool) -> None:
+    outcomes = two_ranks.run(coded_on_either, overlapping, CONFIGURATIONS[name])
+    assert len({digest for outcome in outcomes for digest in outcome}) == 1
