@@ -22,8 +22,8 @@ _POINTS = 257  # at which the tail of a histogram is read
 def learnt_record(statistics: ExchangedStatistics, codebook: Codebook) -> LearntRecord | None:
     """Histogram and tail index of the statistics that a codebook has just learnt from; None where there is neither.
 
-    Where rotated buckets were chosen (`levels="best"`), or their bits planned, it tells of the gradients before they
-    are rotated: the levels are for other coordinates.
+    Where rotated buckets were chosen (`levels="best"`) it tells of the gradients before they are rotated: the levels
+    are for other coordinates. Where all buckets are rotated and only bits are planned, ranks exchange norms alone.
 
     The tail index is the maximum-likelihood exponent gamma of p(g) ~ |g|^(-gamma) over the largest tenth. Codebooks
     that clip have it from the gradients' magnitudes. Others normalise every bucket first, which cuts the tail off at

@@ -5,6 +5,8 @@ exchange them and all add them up, in rank order and in float64; so between step
 (one rank's checkpoint serves all), and at the beginning of a step of U every rank computes the same levels from them
 (QODA, arXiv 2505.14371, step 1). That they are the same is checked: `LevelUpdates.begin_step` compares digests.
 
+Rotated buckets have levels that never change. Where their bits are planned, the statistics are three numbers a layer.
+
 Not every step need begin by itself: while gradients of another step are still under way, levels cannot change. What was
 due at such a step is made up for by the next one that begins.
 """
@@ -18,12 +20,12 @@ import torch
 from hvd_qoda.agreement import check_agreement
 from hvd_qoda.config import UpdateLevels
 from hvd_qoda.transport import Transport, all_gather_array
-from qoda_kernels.levels import Distribution
-from qoda_kernels.magnitudes import MagnitudeStatistics
-from qoda_kernels.registry import CodebookRegistry
-from qoda_kernels.statistics import ExchangedStatistics, statistics_class
+from qoda_kernels.registry import CodebookRegistry, LearntFrom
+from qoda_kernels.statistics import ExchangedStatistics, HistogramStatistics, TruncatedNormalStatistics
 
 __all__ = ["LevelUpdates"]
+
+_OF_A_KIND = (HistogramStatistics, TruncatedNormalStatistics)  # those that the schedule chooses between
 
 
 class LevelUpdates:
@@ -38,8 +40,7 @@ class LevelUpdates:
         self._schedule = schedule
         self._keys = registry.adaptive_keys
         self._statistics: dict[str, type[ExchangedStatistics]] = {
-            key: MagnitudeStatistics if registry.settings[key].clips else statistics_class(schedule.statistics)
-            for key in self._keys
+            key: registry.statistics_class(key, schedule.statistics) for key in self._keys
         }
         self._merged: dict[str, ExchangedStatistics] = {}  # the same on every rank
         self._own: dict[str, ExchangedStatistics] = {}  # of this rank in this step, by parameter
@@ -63,9 +64,9 @@ class LevelUpdates:
         self._merged = {}
         if not usable:
             return registry
-        # Each is of the class that `_statistics` names for its codebook, and all of these are one or the other.
+        # Each is of the class that `_statistics` names for its codebook.
         self._learnt = usable
-        updated = registry.updated(cast(Mapping[str, Distribution | MagnitudeStatistics], usable))
+        updated = registry.updated(cast(Mapping[str, LearntFrom], usable))
         check_agreement(transport, {f"levels at step {step}": updated.describe()["codebooks"]}, "hvd_qoda.levels")
         return updated
 
@@ -134,5 +135,5 @@ class LevelUpdates:
         self._merged = {
             key: self._statistics[key].from_array(np.array(array, dtype=np.float64))
             for key, array in state["merged"].items()
-            if key in self._keys and (same_kind or self._statistics[key] is MagnitudeStatistics)
+            if key in self._keys and (same_kind or self._statistics[key] not in _OF_A_KIND)
         }

@@ -14,7 +14,7 @@ from qoda_kernels.errors import RegistryError
 from qoda_kernels.levels import minimum_variance_levels
 from qoda_kernels.magnitudes import MagnitudeStatistics
 from qoda_kernels.registry import CodebookRegistry
-from qoda_kernels.statistics import HistogramStatistics
+from qoda_kernels.statistics import HistogramStatistics, NormStatistics
 from qoda_kernels.tails import TailSettings, learnt_truncation
 from tests.in_memory_transport import InMemoryGroup
 
@@ -301,6 +301,54 @@ def test_bits_are_planned_alike_on_all_ranks_within_the_variance_budget(scheme: 
     assert bits["c.weight"] == 2  # its error does not matter
     assert bits["a.weight"] > bits["b.weight"]
     assert sent_bits(after[0]) < 0.8 * sent_bits(start)
+
+
+@pytest.mark.parametrize("scheme", [{"rotation": "hadamard"}, {"rotation": "hadamard", "rounding": "nearest"}])
+def test_bits_of_rotated_buckets_are_planned_from_norms(scheme: dict[str, str]) -> None:
+    """The plan is that of histograms, and goes through a checkpoint; what the ranks send is three numbers a layer."""
+    config = auto_configuration(**scheme, auto_bits={"reference": 4})
+    names = [(name, torch.zeros(size // 50, 50)) for name, size in AUTO_SIZES.items()]
+    start = config.build_registry(names)
+    sample = {name: torch.randn(size, generator=torch.Generator().manual_seed(3)) for name, size in AUTO_SIZES.items()}
+
+    def gather(updates: LevelUpdates, registry: CodebookRegistry, rank: int) -> None:
+        for name, values in sample.items():
+            updates.gather(name, AUTO_SCALES[name] * (1 + rank) * values, registry)
+
+    def train(transport: Any) -> tuple[CodebookRegistry, CodebookRegistry, int]:
+        updates = LevelUpdates(config.update_levels, start)
+        registry = updates.begin_step(2, start, transport)
+        gather(updates, registry, transport.rank)
+        updates.end_step(2, registry, transport)
+        sent = transport.meter.traffic.sent_bytes
+        resumed = LevelUpdates(config.update_levels, start)
+        resumed.load_state_dict(json.loads(json.dumps(updates.state_dict())))
+        return updates.begin_step(4, registry, transport), resumed.begin_step(4, registry, transport), sent
+
+    results = InMemoryGroup(2).run(train)
+    histograms = {
+        key: HistogramStatistics.merge_in_order(
+            [
+                HistogramStatistics.gather(
+                    (AUTO_SCALES[entry.name] * (1 + rank) * sample[entry.name]).numpy(), 512, "max"
+                )
+                for rank in range(2)
+                for entry in start.parameters.values()
+                if entry.codebook == key
+            ]
+        )
+        for key in start.adaptive_keys
+    }
+    wanted = start.updated(histograms).digest
+    for planned, resumed, sent in results:
+        assert planned.digest == resumed.digest == wanted != start.digest
+        assert sent <= 2 * 3 * 8 * len(AUTO_SIZES)
+
+
+def test_norms_are_too_little_for_levels_that_learn() -> None:
+    start = registry_of(configuration())
+    with pytest.raises(RegistryError, match="cannot learn from NormStatistics"):
+        start.updated({start.adaptive_keys[0]: NormStatistics(1.0, 1)})
 
 
 def test_the_byte_budget_is_kept() -> None:

@@ -35,7 +35,13 @@ from qoda_kernels.gaussian import level_probabilities, nearest_codebook, relativ
 from qoda_kernels.layer_types import layer_types, layer_types_of_named_parameters
 from qoda_kernels.levels import Distribution, minimum_variance_levels, quantization_variance, uniform_levels
 from qoda_kernels.magnitudes import MagnitudeStatistics
-from qoda_kernels.statistics import ExchangedStatistics, HistogramStatistics
+from qoda_kernels.statistics import (
+    ExchangedStatistics,
+    HistogramStatistics,
+    NormStatistics,
+    StatisticsKind,
+    statistics_class,
+)
 from qoda_kernels.tails import TAIL_SCHEMES, Scheme, TailSettings, learnt_truncation
 
 LEVEL_SCHEMES = ("uniform", "exponential", "adaptive", *TAIL_SCHEMES, "best")
@@ -45,6 +51,9 @@ STRATIFIED_SHARE = 0.55
 """Of the error of a mean with independent random numbers, what stratified ones leave: 1/2 + 1/(2 K^2) for K ranks."""
 
 STATE_FORMAT = 1
+
+LearntFrom = Distribution | MagnitudeStatistics | NormStatistics
+"""Statistics from which codebooks learn; `CodebookRegistry.statistics_class` says which of them."""
 
 _DEFAULT_TAILS = TailSettings()
 _TYPE_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -112,6 +121,11 @@ class LayerSettings:
     def clips(self) -> bool:
         """Whether the codebook clips at a value learnt from the gradients' magnitudes."""
         return self.levels in TAIL_SCHEMES and not self.is_exact
+
+    @property
+    def learns_from_norms(self) -> bool:
+        """Whether only the bits follow the gradients, and squared norms tell all: every bucket is rotated."""
+        return self.is_adaptive and self.rotation != "none"
 
     @property
     def level_scheme(self) -> str:
@@ -380,6 +394,13 @@ class CodebookRegistry:
         """Keys of the codebooks whose levels, bits or entropy codes follow the gradients' statistics."""
         return tuple(key for key, settings in self.settings.items() if settings.is_adaptive or self._counts(key))
 
+    def statistics_class(self, key: str, kind: StatisticsKind) -> type[ExchangedStatistics]:
+        """What an adaptive codebook is to learn from; `kind` is meant where there is a choice."""
+        settings = self.settings[key]
+        if settings.clips:
+            return MagnitudeStatistics
+        return NormStatistics if settings.learns_from_norms else statistics_class(kind)
+
     def _counts(self, key: str) -> bool:
         """Whether a codebook's weights follow statistics; what is rotated looks alike whatever the gradient."""
         settings = self.settings[key]
@@ -396,7 +417,7 @@ class CodebookRegistry:
         text = json.dumps(self.describe(), sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
-    def updated(self, statistics: Mapping[str, Distribution | MagnitudeStatistics]) -> "CodebookRegistry":
+    def updated(self, statistics: Mapping[str, LearntFrom]) -> "CodebookRegistry":
         """Registry with minimum-variance levels (QODA, arXiv 2505.14371, step 1), its version one higher.
 
         Codebooks that clip get the levels and the clip value of their scheme instead (`tails.py`). Where `planning`
@@ -405,8 +426,9 @@ class CodebookRegistry:
         Ranks that pass equal statistics get equal registries.
 
         Args:
-            statistics: codebook key -> statistics merged over all ranks, of magnitudes for codebooks that clip;
-                adaptive codebooks that are left out keep their levels and version.
+            statistics: codebook key -> statistics merged over all ranks, of magnitudes for codebooks that clip, of
+                norms at least where all buckets are rotated; adaptive codebooks that are left out keep their levels
+                and version.
 
         Raises:
             RegistryError: for a key that is unknown, whose codebook is not adaptive, or whose statistics are not of
@@ -430,9 +452,7 @@ class CodebookRegistry:
         """Codebooks that training starts with, by key."""
         return {key: _coded(settings.codebook(), self.coding) for key, settings in self.settings.items()}
 
-    def _planned(
-        self, statistics: Mapping[str, Distribution | MagnitudeStatistics], version: int
-    ) -> dict[str, Codebook]:
+    def _planned(self, statistics: Mapping[str, LearntFrom], version: int) -> dict[str, Codebook]:
         """New codebooks of all keys whose width is planned.
 
         A budget that the widths allowed for single types cannot keep is exceeded as little as possible.
@@ -478,13 +498,14 @@ class CodebookRegistry:
         self,
         key: str,
         bits: int,
-        gathered: Distribution | MagnitudeStatistics,
+        gathered: LearntFrom,
         version: int,
         is_draft: bool = False,
     ) -> Codebook:
         """A codebook of some width with the levels that its scheme takes from statistics; a draft is less exact."""
         settings, old = self.settings[key], self.codebooks[key]
-        if isinstance(gathered, MagnitudeStatistics) != settings.clips:
+        is_too_little = isinstance(gathered, NormStatistics) and not settings.learns_from_norms
+        if isinstance(gathered, MagnitudeStatistics) != settings.clips or is_too_little:
             raise RegistryError(
                 f"codebook {key!r} with levels {settings.levels!r} cannot learn from {type(gathered).__name__}"
             )
@@ -497,12 +518,10 @@ class CodebookRegistry:
         if settings.levels != "adaptive" or settings.rotation != "none":
             return base.with_levels(base.levels, version)
         effort = {"sweeps": _DRAFT_SWEEPS} if is_draft else {}
-        levels = minimum_variance_levels(gathered, bits, previous=base.levels, **effort)
+        levels = minimum_variance_levels(cast(Distribution, gathered), bits, previous=base.levels, **effort)
         return base.with_levels([float(level) for level in levels], version)
 
-    def _best(
-        self, settings: LayerSettings, old: Codebook, gathered: Distribution | MagnitudeStatistics, version: int
-    ) -> Codebook:
+    def _best(self, settings: LayerSettings, old: Codebook, gathered: LearntFrom, version: int) -> Codebook:
         """The candidate with the least expected error of the mean over the ranks.
 
         Errors of rotated buckets are the same share of the squared norm whatever the gradient (`gaussian.py`), so the
@@ -583,13 +602,13 @@ class CodebookRegistry:
         return dataclasses.replace(self, codebooks={key: codebooks[key] for key in self.codebooks}, version=version)
 
 
-def _coded(codebook: Codebook, coding: str, gathered: Distribution | MagnitudeStatistics | None = None) -> Codebook:
+def _coded(codebook: Codebook, coding: str, gathered: LearntFrom | None = None) -> Codebook:
     """The codebook with the weights of its entropy code, from statistics or, without any, of normal coordinates."""
     if coding == "fixed" or not codebook.may_be_coded:
         return dataclasses.replace(codebook, weights=()) if codebook.weights else codebook
     if codebook.rounding == "nearest":
         weights = tuple(int(weight) for weight in np.rint(level_probabilities(codebook) * WEIGHT_TOTAL))
-    elif gathered is None or isinstance(gathered, MagnitudeStatistics) or codebook.rotation != "none":
+    elif gathered is None or isinstance(gathered, MagnitudeStatistics | NormStatistics) or codebook.rotation != "none":
         weights = _normal_weights(codebook.levels, codebook.bucket_size, codebook.norm)
     else:
         weights = level_weights(codebook.levels, gathered)
@@ -681,13 +700,13 @@ def _learnt_fields(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return ("levels", "version", "clip", "weights") if is_learnt else ("version", "weights")
 
 
-def _squared_error(codebook: Codebook, gathered: Distribution | MagnitudeStatistics) -> float:
+def _squared_error(codebook: Codebook, gathered: LearntFrom) -> float:
     """Expected squared error of everything that was gathered."""
     if isinstance(gathered, MagnitudeStatistics):
         return gathered.squared_error(codebook.levels, codebook.clip)
     if codebook.rotation != "none":
         return relative_error(codebook) * cast(ExchangedStatistics, gathered).squared_norm
-    return quantization_variance(codebook.levels, gathered)
+    return quantization_variance(codebook.levels, cast(Distribution, gathered))
 
 
 def _codebook_of_state(fields: Mapping[str, Any]) -> Codebook:

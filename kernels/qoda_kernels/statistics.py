@@ -7,6 +7,10 @@ norm of its bucket, the exact weight for the variance of quantization; so sums o
 - ``TruncatedNormalStatistics`` (ALQ, Faghri et al., NeurIPS 2020): mean and standard deviation of sampled buckets,
   read as a mixture of normal distributions truncated to [-1, 1].
 
+``NormStatistics`` are what planning the bits of rotated buckets needs: three numbers. Rotated coordinates are nearly
+normal whatever the gradient, so their levels never change, and the error of each width is a known share of the squared
+norm (`gaussian.relative_error`).
+
 The grid, fixed for the wire: cell 0 holds u = 0; cell 1 holds (0, 2**-24); then 16 equal cells in each octave from
 2**-24 to 2**-8; then 64 in each from 2**-8 to 1; the last cell holds u = 1. A cell includes its lower end. Apart from
 the first two, the index is the exponent and the upper 4 or 6 mantissa bits of u as float32, hence exact everywhere.
@@ -406,6 +410,58 @@ class TruncatedNormalStatistics(_TabulatedDistribution):
         return np.where(cells[:, :1] > 0.0, np.maximum(cells, 0.0), 0.0)
 
 
+@dataclass(frozen=True)
+class NormStatistics:
+    """The squared norm of a layer, over its finite buckets.
+
+    squared_norm: sum of the squares of their values. bucket_count: finite buckets; skipped_buckets: the others.
+    """
+
+    array_length: ClassVar[int] = _COUNTERS + 1
+
+    squared_norm: float
+    bucket_count: int = 0
+    skipped_buckets: int = 0
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Statistics of nothing."""
+        return cls(0.0)
+
+    @classmethod
+    def gather(cls, values: Float32Array, bucket_size: int, norm: str) -> Self:
+        """Statistics of one tensor, float32 [n]; the last bucket may be shorter.
+
+        norm: that of the codebook, and not used. Raises CodebookError for other types, shapes, sizes or norms.
+        """
+        _check_gather(values, bucket_size, norm)
+        return cls(*_gather_squares(values, bucket_size))
+
+    @classmethod
+    def merge_in_order(cls, parts: Sequence[Self]) -> Self:
+        """Sum of all parts in the order given."""
+        total = 0.0
+        for part in parts:
+            total += part.squared_norm
+        return cls(total, sum(p.bucket_count for p in parts), sum(p.skipped_buckets for p in parts))
+
+    def merge(self, other: Self) -> Self:
+        """Statistics of both together."""
+        return self.merge_in_order((self, other))
+
+    @classmethod
+    def from_array(cls, array: Float64Array) -> Self:
+        """The inverse of ``to_array``; raises WireError where the array cannot be one."""
+        _check_array(array, cls.array_length, "norm")
+        if np.any(array < 0.0):
+            raise WireError("norm statistics hold a negative sum")
+        return cls(float(array[2]), int(array[0]), int(array[1]))
+
+    def to_array(self) -> Float64Array:
+        """Counters, then the squared norm: float64 [array_length]."""
+        return np.array([self.bucket_count, self.skipped_buckets, self.squared_norm], dtype=np.float64)
+
+
 def _inner_edges() -> Float64Array:
     """Ends of the cells between 0 and 1, cells 1 to CELL_COUNT - 2."""
     coarse = np.arange(_LOWEST_EXPONENT << 4, _MIDDLE_EXPONENT << 4, dtype=np.int32) << 19
@@ -431,7 +487,7 @@ def _check_gather(values: Float32Array, bucket_size: int, norm: str) -> None:
         raise CodebookError(f'norm must be "max" or "l2", not {norm!r}')
 
 
-def _check_array(array: Float64Array, length: int, kind: StatisticsKind) -> None:
+def _check_array(array: Float64Array, length: int, kind: str) -> None:
     if array.dtype != np.float64 or array.shape != (length,):
         raise WireError(f"{kind} statistics are float64 ({length},), not {array.dtype} {array.shape}")
     if not np.all(np.isfinite(array)):
@@ -496,6 +552,24 @@ def _gather_cells(values: Float32Array, bucket_size: int, use_l2: bool, cells: F
             cells[cell, 1] += weight * exact
             cells[cell, 2] += weight * exact * exact
     return finite, skipped
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _gather_squares(values: Float32Array, bucket_size: int) -> tuple[float, int, int]:
+    """Sum of squares over the finite buckets, one after the other; their number, and that of the others."""
+    total = 0.0
+    finite = 0
+    skipped = 0
+    for begin in range(0, values.size, bucket_size):
+        squares = 0.0
+        for value in values[begin : begin + bucket_size]:
+            squares += np.float64(value) * np.float64(value)
+        if math.isfinite(squares):  # squares of float32 values do not overflow
+            total += squares
+            finite += 1
+        else:
+            skipped += 1
+    return total, finite, skipped
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

@@ -42,6 +42,19 @@ def test_rotated_buckets(two_ranks: RankPool) -> None:
     assert {version for _, _, version, _ in outcomes} == {0}  # nothing to fit
 
 
+def test_planning_the_bits_of_rotated_buckets_costs_few_bytes(two_ranks: RankPool) -> None:
+    """The bytes of histograms are saved, in the steps before the plan; the plan is the same on both ranks."""
+    options = {"bits": "auto", "codebooks": "per_layer", "rotation": "hadamard", "exchange": "allgather"}
+    sent = {}
+    for name, schedule in {"planned": {"at": (3,)}, "not planned": {"at": (9,)}}.items():
+        quick = {"every": None, "samples": 2, **schedule}
+        outcomes = two_ranks.run(trained, {**options, "update_levels": quick}, steps=2)
+        assert len({bits for bits, *_ in outcomes}) == 1
+        sent[name] = outcomes[0][3]
+    layers = 4  # whose bits are planned
+    assert 0 < sent["planned"] - sent["not planned"] <= 2 * 3 * 8 * layers
+
+
 def test_entropy_coding_changes_bytes_only(two_ranks: RankPool) -> None:
     fixed, coded = (two_ranks.run(trained, {"exchange": "allgather", "coding": name}) for name in ("fixed", "huffman"))
     for (bits, losses, _, sent), (coded_bits, coded_losses, _, coded_sent) in zip(fixed, coded, strict=True):

@@ -21,6 +21,7 @@ from qoda_kernels.statistics import (
     BLOCK_COUNT,
     CELL_COUNT,
     HistogramStatistics,
+    NormStatistics,
     PiecewiseUniform,
     TruncatedNormalStatistics,
     statistics_class,
@@ -335,3 +336,24 @@ def test_kinds_by_name():
         assert statistics_class(kind.statistics_kind) is kind
     with pytest.raises(CodebookError, match="histogram"):
         statistics_class("quantiles")
+
+
+def test_norms_are_those_of_the_finite_buckets() -> None:
+    values = draw(1000)
+    values[300] = np.inf
+    values[700] = np.nan
+    values[999] = 3e38  # its square is beyond float32
+    found = NormStatistics.gather(values, 128, "max")
+    kept = np.delete(values, np.r_[256:384, 640:768]).astype(np.float64)
+    assert found.squared_norm == pytest.approx(math.fsum(kept * kept), rel=1e-14)
+    assert (found.bucket_count, found.skipped_buckets) == (6, 2)
+    received = NormStatistics.from_array(found.to_array())
+    assert received == found
+    assert found.merge(received) == NormStatistics(2 * found.squared_norm, 12, 4)
+    assert NormStatistics.empty().merge(found) == found
+
+
+@pytest.mark.parametrize("array", [[1.0, 0.0], [1.0, 0.0, -1.0], [1.0, 0.0, math.inf]])
+def test_damaged_norms_are_refused(array: list[float]) -> None:
+    with pytest.raises(WireError):
+        NormStatistics.from_array(np.array(array))
