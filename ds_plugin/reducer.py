@@ -168,7 +168,8 @@ class GradientReducer:
         staged = values_on(self._session.coding_device([flat]), flat)
         values = [staged[piece.position : piece.end] for piece in pieces]
         sent = self._session.corrected(route.exchange, values)
-        stamp = Stamp(self.config.seed, self._exchanges, self.registry.version, self.config.dither)
+        config, version = self.config, self.registry.version
+        stamp = Stamp(config.seed, self._exchanges, version, config.dither, config.rotations)
         route.exchange.start(sent, stamp)
         self._account(route.exchange, raw_bytes)
         self._session.observe(str(route.number), route.exchange, sent)

@@ -256,8 +256,10 @@ class QodaConfig(_Model):
       buckets; rounded to nearest only with rounding="nearest"; with entropy coding, per bit of the coded messages, and
       also among uniform levels) or 2^(bits-1) numbers. Default "adaptive".
     - `tails`: how levels that clip are fitted: `optimum`, `gmin`, `tail_share` (see `Tails`).
-    - `rotation`: "none", or "hadamard": buckets (128, 256, 512 or 1024 coordinates) are rotated at random, the same on
-      every rank, before they are quantized: then one codebook suits all gradients. Default "none".
+    - `rotation`: "none", or "hadamard": buckets (128, 256, 512 or 1024 coordinates) are rotated at random before they
+      are quantized: then one codebook suits all gradients. Default "none".
+    - `rotations`: "common" to all ranks: a mean is rotated back once; or "separate": each rank's message is rotated
+      back alone, and errors of rounding to nearest cancel in the mean of gradients that are alike. Default "common".
     - `rounding`: "stochastic" (unbiased), or "nearest", for rotated buckets: less error, unbiased only on average over
       the rotations (EDEN), and not where a bucket has hardly any values but zeros. Default "stochastic".
     - `coding`: "fixed", code words of `bits` bits; or "huffman", one entropy code per codebook, agreed upon with the
@@ -298,6 +300,7 @@ class QodaConfig(_Model):
     norm_format: _NormFormat = "fp32"
     levels: _Levels = "adaptive"
     rotation: _Rotation = "none"
+    rotations: Literal["common", "separate"] = "common"
     rounding: _Rounding = "stochastic"
     coding: Literal["fixed", "huffman"] = "fixed"
     exchange: Literal["auto", "allgather", "reduce_scatter", "hierarchical", "by_bytes", "off"] = "auto"

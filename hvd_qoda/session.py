@@ -147,7 +147,7 @@ class Session:
     @property
     def stamp(self) -> Stamp:
         """Of the messages of the step under way."""
-        return Stamp(self.config.seed, self.step, self.registry.version, self.config.dither)
+        return Stamp(self.config.seed, self.step, self.registry.version, self.config.dither, self.config.rotations)
 
     @property
     def keeps_vectors(self) -> bool:

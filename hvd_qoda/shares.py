@@ -29,12 +29,14 @@ class Stamp:
         counter: number of the exchange, counted over the whole training.
         registry_version: version of the codebooks.
         dither: "independent" or "stratified" random numbers of the ranks whose messages are averaged.
+        rotations: "common" to these ranks, or "separate" ones.
     """
 
     seed: int
     counter: int
     registry_version: int
     dither: str = "independent"
+    rotations: str = "common"
 
     def context(self, phase: int, source: int, destination: int, ranks: int = 1) -> MessageContext:
         """Context of the message that `source` encodes for the share `destination`.
@@ -47,7 +49,8 @@ class Stamp:
         """
         strata = ranks if self.dither == "stratified" else 1
         version = self.registry_version
-        return MessageContext(self.seed, self.counter, source, phase, version, source, destination, strata)
+        key = self.seed, self.counter, source, phase, version, source, destination
+        return MessageContext(*key, strata, self.rotations)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ microseconds and what the kernels need, for one segment as for hundreds.
 """
 
 import ctypes
+import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +23,6 @@ from qoda_kernels.codebook import ROWS, Codebook
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Segment
 from qoda_kernels.reference import rounding_table, signed_levels
-from qoda_kernels.rotation import RotationKey
 from qoda_kernels.tasks import (
     TaskRow,
     TaskTable,
@@ -136,17 +136,19 @@ class Codec:
     ) -> list[torch.Tensor]:
         """Decode several messages of the plan and combine them: sum in the order given, in float32, times a scale.
 
+        Messages with different rotations are decoded one by one, to the slices' dtypes, before they are summed.
         The result does not depend on who computes it. Float64 slices are summed in float64.
 
         Args:
             messages: contiguous uint8 CPU tensors [message_bytes], one per sender.
-            contexts: what each message must be; the rank is not needed to decode, the seed only to rotate back.
+            contexts: what each message must be; the seed is needed only to rotate back, the rank only from a rotation
+                of its own.
             out: contiguous 1-D tensors with the slices' dtypes and lengths to write into; new ones by default.
             scale: factor of the sum; by default 1 / number of messages.
 
         Raises:
             WireError: when a message is damaged or not the expected one.
-            PlanError: when `out` does not fit the plan, or rotated messages have different rotations.
+            PlanError: when `out` does not fit the plan, or messages of several exchanges are rotated.
         """
         if not messages or len(messages) != len(contexts):
             raise PlanError(
@@ -156,8 +158,23 @@ class Codec:
             self._check_message(message, context)
         results = [torch.empty(length, dtype=dtype) for length, dtype in self._wanted] if out is None else list(out)
         self._check_tensors(results)
-        factor = float32_bits(1.0 / len(messages) if scale is None else scale)
-        rotation = common_rotation(contexts).packed if self._rotates else 0
+        factor = 1.0 / len(messages) if scale is None else scale
+        if self._rotates and not have_one_rotation(contexts):
+            pairs = zip(messages, contexts, strict=True)
+            return combined((self._decoded([message], [context], 1.0) for message, context in pairs), factor, results)
+        return self._decoded(messages, contexts, factor, results)
+
+    def _decoded(
+        self,
+        messages: Sequence[torch.Tensor],
+        contexts: Sequence[MessageContext],
+        scale: float,
+        out: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """Sum of checked messages that have one rotation, times a scale."""
+        results = [torch.empty(length, dtype=dtype) for length, dtype in self._wanted] if out is None else out
+        factor = float32_bits(scale)
+        rotation = contexts[0].rotation_key().packed if self._rotates else 0
         received, written = [[tensor.data_ptr() for tensor in tensors] for tensors in (messages, results)]
         words = decode_context(self._decoders, received, written, factor, rotation)
         self._threads.run(decode_task(), words, self._decoders.count)
@@ -297,14 +314,42 @@ class Codec:
         return fold_checksum(self._threads.run(sum_task(), sum_context(begin, cuts), count))
 
 
-def common_rotation(contexts: Sequence[MessageContext]) -> RotationKey:
-    """The rotation that all messages have; raises PlanError where they differ, for then sums mean nothing."""
-    keys = {context.rotation_key() for context in contexts}
-    if len(keys) > 1:
+def have_one_rotation(contexts: Sequence[MessageContext]) -> bool:
+    """Whether messages can be summed before they are rotated back; False where every rank has a rotation of its own.
+
+    Raises:
+        PlanError: for messages of different exchanges, whose sum means nothing.
+    """
+    if len({context.rotation_key() for context in contexts}) == 1:
+        return True
+    if len({dataclasses.replace(context, rotations="common").rotation_key() for context in contexts}) > 1:
         raise PlanError(
             "messages of different exchanges are rotated differently and cannot be summed: decode each alone"
         )
-    return keys.pop()
+    return False
+
+
+def combined(
+    decoded: Iterable[Sequence[torch.Tensor]], scale: float, out: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Sum of what several messages decode to, in the order given, in float32 or float64, times a scale.
+
+    Args:
+        decoded: of each message, one tensor per segment.
+        scale: factor of the sum, rounded to float32.
+        out: tensors of the same lengths and dtypes to write into.
+    """
+    totals: list[torch.Tensor] = []
+    for parts in decoded:
+        if totals:
+            for total, part in zip(totals, parts, strict=True):
+                total += part
+        else:
+            totals = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+    factor = float(np.float32(scale))
+    for total, result in zip(totals, out, strict=True):
+        result.copy_(total.mul_(factor))
+    return list(out)
 
 
 def _cut(plan: MessagePlan, count: int) -> list[list[tuple[int, int, int]]]:

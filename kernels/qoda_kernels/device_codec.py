@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.codec import Codec, common_rotation
+from qoda_kernels.codec import Codec, have_one_rotation
 from qoda_kernels.device_statistics import GATHERED, empty_records, histograms
 from qoda_kernels.device_tables import (
     COUNTER_WORD,
@@ -281,8 +281,8 @@ class DeviceCodec(Codec):
         if not self._results.holds(out):
             self._check_tensors(out)
             self._results.put(out, self._host_tables.indices)
-        if self._rotates:
-            common_rotation(contexts)
+        if self._rotates and not have_one_rotation(contexts):
+            raise PlanError("every rank has a rotation of its own: decode each alone, and sum with `codec.combined`")
         self._place_senders(messages, contexts)
         assert self._senders is not None
         arguments = (

@@ -1,7 +1,9 @@
 """Random rotation of buckets: signs, then orthonormal Walsh-Hadamard transforms; definition in NumPy.
 
 A rotated bucket has nearly normal coordinates, whatever the gradient's distribution, and keeps its Euclidean norm.
-The rotation is linear and common to all ranks of an exchange, so a receiver sums rotated values and rotates back once.
+The rotation is linear. Where it is common to all ranks of an exchange, a receiver sums rotated values and rotates back
+once. With a rotation of its own for every rank each message is rotated back alone: then deterministic rounding makes
+errors on every rank that are independent of the others', however alike their gradients, and cancel in the mean.
 It stays inside a bucket: layouts, tails and the shares of a reduce-scatter are those of codebooks that do not rotate.
 
 A bucket of n coordinates, m the largest power of two that is not above n: the first m coordinates get random signs and
@@ -11,7 +13,7 @@ coordinate is mixed with m - 1 others, and any n is possible.
 The transform combines coordinates m/2 apart, then m/4 apart, ..., then neighbours: (a, b) becomes (a + b, a - b). At
 the end everything is multiplied by 1/sqrt(m), rounded to float32. Sums and products are rounded one by one.
 
-Signs are bits of hashes like those of `dither.py`, with a key common to the ranks: coordinate p of a block of the
+Signs are bits of hashes like those of `dither.py`: coordinate p of a block of the
 bucket whose first coordinate has the number c gets bit p // 32 (plus 16 in the second block, which has at most 512
 coordinates) of the hash of c + p % 32.
 """
@@ -46,15 +48,16 @@ class RotationKey:
     second: int
 
     @classmethod
-    def derive(cls, seed: int, counter: int, phase: int) -> "RotationKey":
-        """Key common to all ranks.
+    def derive(cls, seed: int, counter: int, phase: int, rank: int | None = None) -> "RotationKey":
+        """Key common to all ranks, or of one.
 
         Args:
             seed: the user's seed, taken modulo 2^64.
             counter: number of the exchange, counted over the whole training.
             phase: 0 for the first quantization, 1 for the second (reduce-scatter + all-gather).
+            rank: position of the sender whose key it is; None for the common one.
         """
-        return _derived(seed, counter, phase)
+        return _derived(seed, counter, phase, rank)
 
     @cached_property
     def words(self) -> npt.NDArray[np.uint32]:
@@ -68,8 +71,9 @@ class RotationKey:
 
 
 @lru_cache(maxsize=64)
-def _derived(seed: int, counter: int, phase: int) -> RotationKey:
+def _derived(seed: int, counter: int, phase: int, rank: int | None) -> RotationKey:
     packed = struct.pack("<QQI", seed & (2**64 - 1), counter, phase)
+    packed += b"" if rank is None else struct.pack("<I", rank)
     first, second = struct.unpack("<II", hashlib.blake2b(packed, digest_size=8, person=b"hvd-qoda-rotate").digest())
     return RotationKey(first, second)
 

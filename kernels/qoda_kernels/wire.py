@@ -49,6 +49,7 @@ class MessageContext:
         destination: index of the share in a reduce-scatter; 0 otherwise.
         strata: number of ranks among which the random numbers of the rounding are stratified; 1 for independent ones.
             Matters to the sender only (`dither.py`).
+        rotations: "common" to the senders of a phase, or "separate": every rank has its own.
     """
 
     seed: int
@@ -59,14 +60,16 @@ class MessageContext:
     source: int
     destination: int
     strata: int = 1
+    rotations: str = "common"
 
     def key(self) -> DitherKey:
         """The sender's random key."""
         return DitherKey.derive(self.seed, self.counter, self.rank, self.phase, self.strata)
 
     def rotation_key(self) -> RotationKey:
-        """Key of the rotation, common to all ranks of the exchange."""
-        return RotationKey.derive(self.seed, self.counter, self.phase)
+        """Key of the rotation."""
+        rank = self.rank if self.rotations == "separate" else None
+        return RotationKey.derive(self.seed, self.counter, self.phase, rank)
 
 
 @dataclass(frozen=True)

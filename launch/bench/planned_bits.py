@@ -34,6 +34,8 @@ METHODS = {
     "auto, bytes of 4 bits, best": f"{_AUTO} --reference-bits 4 --bits-budget bytes --levels best --rounding nearest",
     "auto, variance of 4 bits, rotation": f"{_AUTO} --reference-bits 4 --bits-budget variance {_NEAREST}",
     "auto, variance of 5 bits, rotation": f"{_AUTO} --reference-bits 5 --bits-budget variance {_NEAREST}",
+    "auto, variance of 5 bits, rotation, planned often": f"{_AUTO} --reference-bits 5 --bits-budget variance "
+    f"{_NEAREST} --update-levels-at 10,20,50,100,150,200,250",
 }
 EQUAL_BITS = "5 bits"
 
@@ -99,7 +101,7 @@ def _mean_and_error(values: Sequence[float]) -> list[float | None]:
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
     for row in rows:
-        words = [f"{row['method']:36s} {len(row['seeds'])} seeds  held-out loss {_text(row['test_loss'])}"]
+        words = [f"{row['method']:49s} {len(row['seeds'])} seeds  held-out loss {_text(row['test_loss'])}"]
         for name, value in row.items():
             if name.startswith("test_loss_minus"):
                 words.append(f"{name.removeprefix('test_loss_')} {_text(value, '+')}")

@@ -9,11 +9,12 @@ and scales. Errors are |Q(v) - v|^2 / |v|^2 of one worker, and of the mean over 
 Methods: ours (names begin with "ours-"): levels of least variance per layer type ("ours-adaptive", QODA's), the same
 with Huffman-coded messages ("-coded"), with the workers' random numbers stratified ("-stratified"), or with planned
 bits per layer ("ours-auto", budget: the bytes of equal bits); rotated buckets, rounded at random ("ours-rotation") or
-to nearest with EDEN's scale ("ours-rotation-nearest", with Lloyd's and Max's levels or uniform ones, "-uniform"); the
-least error of these by the statistics ("ours-best"), or the least per bit of coded messages ("ours-best-coded"); and
-the schemes that clip ("ours-tuq", ...). QSGD (uniform levels, buckets of 512, maximum norm), NUQSGD (exponential
-levels, L2 norm), ALQ's procedure (levels of least variance from truncated normals, one codebook for all layers, buckets
-of 8192, L2 norm). The rest is described in `launch/bench/rival_quantizers.py`.
+to nearest with EDEN's scale ("ours-rotation-nearest", with Lloyd's and Max's levels or uniform ones, "-uniform"), by a
+rotation common to the workers or by one of each worker's own ("-separate"); the least error of these by the statistics
+("ours-best"), or the least per bit of coded messages ("ours-best-coded"); and the schemes that clip ("ours-tuq", ...).
+QSGD (uniform levels, buckets of 512, maximum norm), NUQSGD (exponential levels, L2 norm), ALQ's procedure (levels of
+least variance from truncated normals, one codebook for all layers, buckets of 8192, L2 norm). The rest is described in
+`launch/bench/rival_quantizers.py`.
 
 The summary compares at each width, of one worker and of the mean over the workers: our best method with fixed-length
 codes and with entropy coding, the best of the papers that this project follows (QSGD, NUQSGD, ALQ and QODA's levels,
@@ -148,7 +149,8 @@ def measure(gradients: Gradients, seed: int, pattern: str = "*") -> list[Measure
             registry, statistics = learn(registry, gradients.before, method == "ALQ")
             for suffix, is_coded, is_stratified in codec.variants:
                 used = statistics if is_coded else None
-                decoded, sent = through_the_codec(registry, used, gradients.now, kept, seed, is_stratified)
+                rotations = "separate" if "-separate" in suffix else "common"
+                decoded, sent = through_the_codec(registry, used, gradients.now, kept, seed, is_stratified, rotations)
                 rows.append(_row(gradients, method + suffix, kept, decoded, sent))
         bound = 2.0 ** (-2 * bits)
         rows.append(Measurement(gradients.name, bits, "Gaussian bound", bound, bound, 1))
@@ -166,6 +168,8 @@ class _Method:
 
 
 _CODED = (("", False, False), ("-coded", True, False))
+_SEPARATE = (("", False, False), ("-separate", False, False))
+_SEPARATE_CODED = (("-coded", True, False), ("-separate-coded", True, False))
 _STRATIFIED = (("-stratified", False, True), ("-stratified-coded", True, True))
 
 
@@ -180,8 +184,8 @@ def _codecs_methods(bits: int) -> dict[str, _Method]:
         "ours-adaptive": _Method(LayerSettings(bits), variants=_CODED + _STRATIFIED),
         "ours-adaptive-small-buckets": _Method(LayerSettings(bits, bucket_size=128, norm_format="bf16")),
         "ours-rotation": _Method(LayerSettings(bits, rotation="hadamard"), variants=_STRATIFIED[:1]),
-        "ours-rotation-nearest": _Method(nearest),
-        "ours-rotation-nearest-uniform": _Method(replace(nearest, levels="uniform"), variants=_CODED[1:]),
+        "ours-rotation-nearest": _Method(nearest, variants=_SEPARATE),
+        "ours-rotation-nearest-uniform": _Method(replace(nearest, levels="uniform"), variants=_SEPARATE_CODED),
         "ours-best": _Method(best),
         "ours-best-coded": _Method(best, coding="huffman"),
     }
@@ -190,9 +194,9 @@ def _codecs_methods(bits: int) -> dict[str, _Method]:
     if bits < max(BITS):  # at the largest width nothing is left to plan
         planning, bounds = BitPlanning("bytes", bits), {"min_bits": min(BITS), "max_bits": max(BITS)}
         methods["ours-auto"] = _Method(LayerSettings(bits, **bounds), planning, variants=_CODED + _STRATIFIED)
-        methods["ours-auto-rotation-nearest"] = _Method(replace(nearest, **bounds), planning)
+        methods["ours-auto-rotation-nearest"] = _Method(replace(nearest, **bounds), planning, variants=_SEPARATE)
         uniform = replace(nearest, levels="uniform", **bounds)
-        methods["ours-auto-rotation-nearest-uniform"] = _Method(uniform, planning, variants=_CODED[1:])
+        methods["ours-auto-rotation-nearest-uniform"] = _Method(uniform, planning, variants=_SEPARATE_CODED)
         methods["ours-auto-best"] = _Method(replace(best, **bounds), planning)
         methods["ours-auto-best-coded"] = _Method(replace(best, **bounds), planning, "huffman")
     return methods
@@ -222,6 +226,7 @@ def through_the_codec(
     kept: Sequence[str],
     seed: int,
     is_stratified: bool = False,
+    rotations: str = "common",
 ) -> tuple[list[Worker], float]:
     """What each worker's message decodes to, and the bits of all messages.
 
@@ -233,6 +238,7 @@ def through_the_codec(
         kept: the parameters to quantize.
         seed: of random rounding.
         is_stratified: whether the workers' random numbers are stratified.
+        rotations: "common" to the workers, or "separate".
     """
     slices = [
         Slice(name, 0, entry.numel, torch.float32, entry.codebook, entry.offset)
@@ -251,7 +257,8 @@ def through_the_codec(
     coder = MessageCoder(plan, entropy.main_protocol(weights)) if weights else None
     decoded, sent = [], 0.0
     for rank, worker in enumerate(now):
-        context = MessageContext(seed, 1, rank, 0, registry.version, rank, 0, len(now) if is_stratified else 1)
+        strata = len(now) if is_stratified else 1
+        context = MessageContext(seed, 1, rank, 0, registry.version, rank, 0, strata, rotations)
         message = codec.encode([torch.from_numpy(worker[name]) for name in kept], context)
         values = codec.decode_mean([message], [context])
         decoded.append({name: value.numpy() for name, value in zip(kept, values, strict=True)})

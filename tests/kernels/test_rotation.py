@@ -1,5 +1,6 @@
 """Rotated buckets: the rotation itself, how far messages are unbiased, and how large their errors are."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from qoda_kernels.errors import CodebookError, PlanError
 from qoda_kernels.gaussian import level_probabilities, lloyd_max_levels, nearest_codebook, relative_error
 from qoda_kernels.rotation import RotationKey, rotate, rotate_back
 from tests.kernels.codebooks import context, rotated_codebook, round_trip, single_slice_plan
+from tests.kernels.reference_codec import ReferenceCodec
 
 KEY = RotationKey.derive(1, 2, 0)
 Float32Array = npt.NDArray[np.float32]
@@ -150,6 +152,27 @@ def test_messages_of_different_exchanges_are_not_summed() -> None:
     messages = [codec.encode([torch.randn(512)], where) for where in contexts]
     with pytest.raises(PlanError, match="rotated differently"):
         codec.decode_mean(messages, contexts)
+
+
+def test_separate_rotations_are_turned_back_one_by_one() -> None:
+    """As the reference does for each message alone; the mean of equal gradients then loses nearly all but 1/K."""
+    codebook = rotated_codebook("nearest", 3, 512)
+    plan = single_slice_plan(20_000, codebook)
+    codec = Codec(plan, {"other": codebook})
+    values = torch.from_numpy(np.random.default_rng(3).standard_t(3, 20_000).astype(np.float32))
+    errors = {}
+    for rotations in ("common", "separate"):
+        contexts = [dataclasses.replace(context(rank), rotations=rotations) for rank in range(4)]
+        messages = [codec.encode([values], where) for where in contexts]
+        (mean,) = codec.decode_mean(messages, contexts)
+        errors[rotations] = float(((mean - values) ** 2).sum() / (values**2).sum())
+    reference_codec = ReferenceCodec(plan, {"other": codebook})
+    total = torch.zeros(20_000)
+    for message, where in zip(messages, contexts, strict=True):
+        np.testing.assert_array_equal(reference_codec.encode([values], where), message)
+        total += reference_codec.decode_mean([message], where, scale=1.0)[0]
+    np.testing.assert_array_equal((total * 0.25).numpy().view(np.uint32), mean.numpy().view(np.uint32))
+    assert errors["separate"] < 0.3 * errors["common"]
 
 
 @pytest.mark.parametrize(
