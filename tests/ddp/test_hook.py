@@ -35,8 +35,9 @@ def test_every_rank_holds_the_same_bits(four_ranks: RankPool, exchange: str) -> 
     assert {version for _, _, version, _ in outcomes} == {1}  # levels have been fitted before step 3
 
 
-def test_rotated_buckets(two_ranks: RankPool) -> None:
-    options = {"bits": 4, "rotation": "hadamard", "rounding": "nearest"}
+@pytest.mark.parametrize(("exchange", "rotations"), [("allgather", "common"), ("reduce_scatter", "separate")])
+def test_rotated_buckets(two_ranks: RankPool, exchange: str, rotations: str) -> None:
+    options = {"bits": 4, "rotation": "hadamard", "rounding": "nearest", "exchange": exchange, "rotations": rotations}
     outcomes = two_ranks.run(trained, options)
     assert len({bits for bits, *_ in outcomes}) == 1
     assert {version for _, _, version, _ in outcomes} == {0}  # nothing to fit
