@@ -281,8 +281,8 @@ class QodaConfig(_Model):
     - `worker_norms`: whether the squared norms that QODA with `sum_over="workers"` needs are exchanged. Default false.
     - `fusion_buffer_mb`: megabytes (2^20 bytes) of gradients that `hvd_qoda.DistributedOptimizer` and
       `hvd_qoda.ddp` send in one message at most, more than 0 (the former sends a quarter of all gradients in one
-      message if that is between 2 MiB and this, so that backward hides the first ones' way); under Horovod's stock
-      optimizer every parameter has messages of its own. Default 16.
+      message, or half of them by exchanges with all-to-alls, if that is between 2 MiB and this, so that backward hides
+      the first ones' way); under Horovod's stock optimizer every parameter has messages of its own. Default 16.
     - `codec_device`: what codes gradients that lie on a GPU: "auto" (that GPU if its kernels pass a self check, else
       the CPU; the same bits either way), "cpu", or "gpu" (an error where "auto" would take the CPU). Default "auto".
     - `timeout_s`: seconds to wait for other ranks before `ExchangeTimeoutError`. Default 300: a rank may evaluate or

@@ -5,6 +5,10 @@ them, in rank order. A collective has lasted as long as for the rank that joined
 ranks counts, and of the rounds the median. Codecs run on all ranks at once, as in a step, because ranks may share
 cores. How much is measured follows from these numbers too, never from one rank's clock: the ranks start the same
 collectives.
+
+Whoever waits here sleeps between two looks, as in an exchange of ours, "off" of the overlapping route included.
+Horovod's own `synchronize` looks all the time. Where ranks have no core to spare for that, an all-reduce takes longer
+than measured here: 25M fp32 values between two ranks on two cores 19 %, between four 33 %.
 """
 
 import time

@@ -74,7 +74,8 @@ class QodaState:
         telemetry: receives one record per step.
         name: tells models apart in messages about ranks that disagree.
         config: configuration; or give its keys as keywords, over the environment's and the defaults.
-        keywords: keys of `QodaConfig`, such as bits=5. Here exchange="auto" goes by bytes alone, like "by_bytes".
+        keywords: keys of `QodaConfig`, such as bits=5. Here exchange="auto" goes by bytes alone, like "by_bytes";
+            "hierarchical" takes ranks of one host name for one host; "off" lets the host add gradients as they are.
 
     Raises:
         ConfigError: for unknown keys or impossible values, and where config and keywords are both given.

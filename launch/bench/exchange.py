@@ -9,7 +9,8 @@ take turns, and the median over the rounds counts. Bytes are those that a host's
 headers and the host's negotiation included, averaged over the hosts; `formula_bytes` is the payload alone (with several
 ranks on a host `hvd_qoda.cost_model.host_bytes`; what stays inside a host is in neither). Rows with
 more ranks than cores are marked oversubscribed: their ranks share cores, which makes whatever needs the processor
-slower than on real hosts.
+slower than on real hosts. `--show launch/results/exchange.json` measures nothing: it prints a file's rows, and how far
+predictions are off over all of them.
 """
 
 import argparse
@@ -160,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--buffer-mb", type=float, default=16.0, help="10^6 bytes of gradients in one of our messages")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="for one network's methods")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows to this file, and a plot beside it")
+    parser.add_argument("--show", type=Path, metavar="PATH", help="print the rows of this file instead of measuring")
     parser.add_argument("--keep", action="store_true", help="keep the file's other rows, so that a table can be pieced")
     parser.add_argument("--seed", type=not_negative, default=0, help="of the gradients and the rounding")
     options = parser.parse_args(arguments)
@@ -167,6 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.methods is None:
         hierarchy = options.ranks_per_host > 1
         options.methods = [name for name in METHODS if hierarchy or name != "qoda-hierarchical"]
+    if options.show is not None:
+        show(json.loads(options.show.read_text()))
+        return 0
     rows: list[dict[str, Any]] = []
     if options.json is not None and options.keep and options.json.exists():
         rows = json.loads(options.json.read_text())

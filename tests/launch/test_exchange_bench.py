@@ -54,6 +54,17 @@ def test_new_rows_replace_old_ones_and_keep_the_order() -> None:
     assert found[0]["median_s"] == 3.0
 
 
+def test_errors_of_the_predictions_are_those_of_all_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = {"bytes_per_rank": 1, "formula_bytes": 1, "median_s": 1.0, "note": "", "oversubscribed": False}
+    rows = [row(name, predicted_s=time, **common) for name, time in (("fp32", 1.1), ("fp16", 1.4), ("auto", None))]
+    rows.append(row("qoda-allgather", predicted_s=0.85, **common))
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    assert exchange.main(["--show", str(path)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "off by 15% (median of 3), 67% of them within 20%" in told
+
+
 @pytest.mark.parametrize(("elements", "count", "side"), [(25_000_000, 25, 1000), (2_600_000, 3, 930), (50, 1, 7)])
 def test_shapes_for_powersgd(elements: int, count: int, side: int) -> None:
     assert matrices(elements) == [(side, side)] * count
