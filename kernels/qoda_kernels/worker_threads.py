@@ -7,14 +7,16 @@ threads use them, or spin, or do not survive a fork.
 The work takes tens of microseconds, and so does waking a thread, or waiting for the GIL. So a message is one compiled
 call, the calling thread begins at once, and every thread takes the next range by an atomic addition when done with one:
 a thread that comes late takes fewer. After its last range a helping thread watches for more for some tens of
-microseconds before it sleeps, because a step's messages often come in a row, and takes part in them without entering
-Python; between steps nobody uses the processor. Nothing waits for a helper that has not begun.
+microseconds before it sleeps, because a step's messages often come in a row; between steps nobody uses the processor.
+It sleeps at a semaphore and never enters Python, for then it would have to be woken twice: for the job, and when the
+caller lets go of the GIL. Nothing waits for a helper that has not begun.
 
 A helper keeps off the processor that the caller last ran on: Linux likes to wake a thread where the waking one runs,
 and then each keeps the other from running.
 """
 
 import contextlib
+import ctypes
 import math
 import os
 import platform
@@ -25,7 +27,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -128,83 +129,49 @@ class WorkerThreads:
         return helpers
 
 
-class _Helper:
-    """One thread that helps."""
-
-    def __init__(self, helpers: "_Helpers", place: int) -> None:
-        self._place = place
-        self._avoided: int | None = None
-        self._is_asleep = False
-        self._alarm: SimpleQueue[None] = SimpleQueue()
-        self._thread = threading.Thread(
-            target=self._serve, args=(helpers, _looks_of_watch()), name="hvd-qoda", daemon=True
-        )
-        self._thread.start()
-
-    def wake(self) -> None:
-        """Let the thread look for jobs, if it does not."""
-        if self._is_asleep:
-            self._is_asleep = False
-            self._alarm.put(None)
-
-    def join(self) -> None:
-        """Wait for the thread's end, which `_Helpers.stop` has asked for."""
-        if self._thread is not threading.current_thread():
-            self._thread.join(_SECONDS_TO_STOP)
-
-    def _serve(self, helpers: "_Helpers", looks: int) -> None:
-        serve, jobs = _server(), 0
-        while not helpers.is_stopped:
-            jobs = serve(helpers.address, self._place, jobs, looks)
-            # A job that is given between here and the next line goes without this thread: nobody waits for it.
-            self._is_asleep = True
-            if not helpers.is_stopped:
-                self._alarm.get()
-                self._leave_callers_processor(helpers)
-
-    def _leave_callers_processor(self, helpers: "_Helpers") -> None:
-        """Run elsewhere: a thread is often woken where the one that wakes it runs, and then keeps it from running."""
-        processor = helpers.processor
-        if processor is not None and processor != self._avoided:
-            others = os.sched_getaffinity(os.getpid()) - {processor}
-            if others:
-                with contextlib.suppress(OSError):  # a host that forbids it: the thread helps less often
-                    os.sched_setaffinity(0, others)  # of this thread
-            self._avoided = processor
-
-
 class _Helpers:
     """The helping threads of one process."""
 
     def __init__(self) -> None:
         self.is_taken = threading.Lock()
-        self.is_stopped = False
-        self._threads: list[_Helper] = []
+        self._threads: list[threading.Thread] = []
         self._words = np.zeros(_HELPERS_WORDS, dtype=np.uint64)
-        self.address = self._words.ctypes.data
-
-    @property
-    def processor(self) -> int | None:
-        """The one that the last caller ran on, if known."""
-        number = int(self._words[_PROCESSOR])
-        return number - 1 if number else None
+        self._address = self._words.ctypes.data
+        self._semaphore = ctypes.c_void_p(self._address + _WORD_BYTES * _SEMAPHORE)
+        self._avoided = 0
+        _libc().sem_init(self._semaphore, 0, 0)
 
     def work(self, task: Task, context: npt.NDArray[np.uint64], count: int, threads: int) -> int:
         """Call a task for every index below a count, with so many threads; by one caller at a time."""
-        work = _worker()
+        work, looks = _worker(), _looks_of_watch()
         while len(self._threads) < threads - 1:
-            self._threads.append(_Helper(self, len(self._threads) + 1))
-        for helper in self._threads:
-            helper.wake()
-        return work(self.address, threads, task.address, context, count, _looks_of_watch())
+            place = len(self._threads) + 1
+            thread = threading.Thread(
+                target=_server(), args=(self._address, place, looks), name="hvd-qoda", daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+        total = work(self._address, threads, task.address, context, count, looks)
+        if self._words[_PROCESSOR] != self._avoided:
+            self._leave_callers_processor()
+        return total
 
     def stop(self) -> None:
         """End the threads."""
-        self.is_stopped = True
-        for helper in self._threads:
-            helper.wake()
-        for helper in self._threads:
-            helper.join()
+        self._words[_IS_STOPPED] = 1
+        for _ in self._threads:
+            _libc().sem_post(self._semaphore)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(_SECONDS_TO_STOP)
+
+    def _leave_callers_processor(self) -> None:
+        """Let the helpers run elsewhere: a thread is often woken where the one that wakes it runs, and in its way."""
+        self._avoided = int(self._words[_PROCESSOR])
+        others = os.sched_getaffinity(os.getpid()) - {self._avoided - 1}
+        for thread in self._threads if others else []:
+            with contextlib.suppress(OSError):  # a host that forbids it: the thread helps less often
+                os.sched_setaffinity(thread.native_id or 0, others)
 
 
 _LOCAL_SIZES = ("HOROVOD_LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -220,8 +187,12 @@ _TRIALS = 5
 _JOBS = 0  # number of jobs so far
 _JOB = 1  # address of the present one; 0 when there is none to begin
 _PROCESSOR = 2  # 1 + that which the caller ran on when it began the last job; 0 before it
+_IS_STOPPED = 3  # 1 when the helpers are to end
 _ACTIVE = 8  # helpers that may be in a job
-_HELPERS_WORDS = 16
+_ASLEEP = 9  # helpers that have gone to sleep, or are about to, since somebody was last woken
+_SEMAPHORE = 16  # a sem_t, where they sleep
+_HELPERS_WORDS = 32
+_WORD_BYTES = 8
 
 # Fields of a job, likewise.
 _TOTAL = 0  # of the results
@@ -316,6 +287,8 @@ def _call(context: Any, function: Any, job_context: Any, index: Any, job: Any) -
 
 _processor = types.ExternalFunction("sched_getcpu", types.int32())
 _yield_processor = types.ExternalFunction("sched_yield", types.int32())
+_sleep_at = types.ExternalFunction("sem_wait", types.int32(types.uint64))
+_wake_one = types.ExternalFunction("sem_post", types.int32(types.uint64))
 
 
 @_kernel
@@ -367,6 +340,9 @@ def _work(
             _store(helpers, _PROCESSOR, np.uint64(1 + _processor()))
         _store(helpers, _JOB, job)
         _add(helpers, _JOBS, np.uint64(1))
+        # A helper says that it falls asleep, then looks for jobs; here in the other order: nobody sleeps through one.
+        for _ in range(_store(helpers, _ASLEEP, np.uint64(0))):
+            _wake_one(helpers + np.uint64(_WORD_BYTES * _SEMAPHORE))
         _take_part(job, 0)
         # A helper says that it is active, then looks for a job; here in the other order: who comes now finds none.
         _store(helpers, _JOB, np.uint64(0))
@@ -383,29 +359,38 @@ def _work(
 
 
 @_kernel
-def _help(helpers: np.uint64, place: int, known: np.uint64, most_looks: int) -> np.uint64:
-    """Take part in the jobs after the known number of them until none has come for a while; returns their number.
+def _watch(helpers: np.uint64, known: np.uint64, most_looks: int) -> bool:
+    """Whether a job comes after the known number of them, or the helpers are stopped, within so many looks."""
+    for _ in range(most_looks):
+        _pause()
+        if _load(helpers, _JOBS) != known or _load(helpers, _IS_STOPPED) != np.uint64(0):
+            return True
+    return False
+
+
+@_kernel
+def _help(helpers: np.uint64, place: int, most_looks: int) -> None:
+    """Take part in jobs until the helpers are stopped.
 
     Args:
         helpers: address of the shared memory.
         place: number of this helper, from 1.
-        known: number of jobs so far.
-        most_looks: for how many looks to watch.
+        most_looks: for how many looks to watch for the next job before sleeping.
     """
-    looks = 0
-    while looks < most_looks:
-        looks += 1
-        _pause()
+    known = np.uint64(0)
+    while _load(helpers, _IS_STOPPED) == np.uint64(0):
         jobs = _load(helpers, _JOBS)
         if jobs != known:
             known = jobs
-            looks = 0
             _add(helpers, _ACTIVE, np.uint64(1))
             job = _load(helpers, _JOB)
             if job != np.uint64(0):
                 _take_part(job, place)
             _add(helpers, _ACTIVE, np.uint64(2**64 - 1))
-    return known
+        elif not _watch(helpers, known, most_looks):
+            _add(helpers, _ASLEEP, np.uint64(1))
+            if _load(helpers, _JOBS) == known:
+                _sleep_at(helpers + np.uint64(_WORD_BYTES * _SEMAPHORE))
 
 
 def _compiled(function: Any, signature: Signature) -> tuple[int, Any]:
@@ -425,11 +410,20 @@ def _worker() -> Callable[..., int]:
 
 
 @cache
-def _server() -> Callable[[int, int, int, int], int]:
+def _server() -> Callable[[int, int, int], None]:
     """Function `_help`, compiled; it releases the GIL."""
-    signature = types.uint64(types.uint64, types.int64, types.uint64, types.int64)
+    signature = types.void(types.uint64, types.int64, types.int64)
     _help.compile(signature)
-    function: Callable[[int, int, int, int], int] = _help.get_overload(signature)
+    function: Callable[[int, int, int], None] = _help.get_overload(signature)
+    return function
+
+
+@cache
+def _watcher() -> Callable[[int, int, int], bool]:
+    """Function `_watch`, compiled; it releases the GIL."""
+    signature = types.boolean(types.uint64, types.uint64, types.int64)
+    _watch.compile(signature)
+    function: Callable[[int, int, int], bool] = _watch.get_overload(signature)
     return function
 
 
@@ -440,6 +434,12 @@ def _looks_of_watch() -> int:
     seconds = []
     for _ in range(_TRIALS):
         begin = time.perf_counter()
-        _server()(nobody.ctypes.data, 0, 0, _TRIAL_LOOKS)
+        _watcher()(nobody.ctypes.data, 0, _TRIAL_LOOKS)
         seconds.append(time.perf_counter() - begin)
     return max(1, round(_SECONDS_OF_WATCH / min(seconds) * _TRIAL_LOOKS))
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """The C library of this process."""
+    return ctypes.CDLL(None)
