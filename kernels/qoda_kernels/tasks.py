@@ -201,19 +201,9 @@ _call_copy, _call_exact_sum = _calls(cpu.COPY), _calls(cpu.SUM)
 _call_byte_summer = _calls(cpu.SUM_BYTES)
 
 
-def _pointer(kind: Any) -> Callable[..., tuple[Signature, Callable[..., Any]]]:
-    def typing(context: Any, address: Any) -> tuple[Signature, Callable[..., Any]]:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(kind)))
-
-        return types.CPointer(kind)(types.uint64), generate
-
-    return typing
-
-
-words_pointer = intrinsic(_pointer(types.uint64))
-_half_words_pointer = intrinsic(_pointer(types.uint32))
-_numbers_pointer = intrinsic(_pointer(types.int64))
+words_pointer = intrinsic(word32.pointer(types.uint64))
+_half_words_pointer = intrinsic(word32.pointer(types.uint32))
+_numbers_pointer = intrinsic(word32.pointer(types.int64))
 
 
 @_inline

@@ -94,8 +94,8 @@ def truncated(context: Any, value: Any) -> tuple[Signature, Callable[..., Any]]:
     return types.uint32(types.float32), generate
 
 
-def _pointer(kind: Any) -> Callable[..., tuple[Signature, Callable[..., Any]]]:
-    """Typing function of the conversion of an address (uint64) to a pointer, for `numba.carray`."""
+def pointer(kind: Any) -> Callable[..., tuple[Signature, Callable[..., Any]]]:
+    """For `intrinsic`: converts an address (uint64) to a pointer to a type of Numba, for `numba.carray`."""
 
     def typing(context: Any, address: Any) -> tuple[Signature, Callable[..., Any]]:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -106,7 +106,7 @@ def _pointer(kind: Any) -> Callable[..., tuple[Signature, Callable[..., Any]]]:
     return typing
 
 
-byte_pointer = intrinsic(_pointer(types.uint8))
-half_pointer = intrinsic(_pointer(types.uint16))
-float_pointer = intrinsic(_pointer(types.float32))
-double_pointer = intrinsic(_pointer(types.float64))
+byte_pointer = intrinsic(pointer(types.uint8))
+half_pointer = intrinsic(pointer(types.uint16))
+float_pointer = intrinsic(pointer(types.float32))
+double_pointer = intrinsic(pointer(types.float64))

@@ -11,7 +11,7 @@ microseconds before it sleeps, because a step's messages often come in a row; be
 It sleeps at a semaphore and never enters Python, for then it would have to be woken twice: for the job, and when the
 caller lets go of the GIL. Nothing waits for a helper that has not begun.
 
-A helper keeps off the processor that the caller last ran on: Linux likes to wake a thread where the waking one runs,
+A helper keeps off the processor that the caller runs on: Linux likes to wake a thread where the waking one runs,
 and then each keeps the other from running.
 """
 
@@ -138,7 +138,7 @@ class _Helpers:
         self._words = np.zeros(_HELPERS_WORDS, dtype=np.uint64)
         self._address = self._words.ctypes.data
         self._semaphore = ctypes.c_void_p(self._address + _WORD_BYTES * _SEMAPHORE)
-        self._avoided = 0
+        self._avoided: int | None = None
         _libc().sem_init(self._semaphore, 0, 0)
 
     def work(self, task: Task, context: npt.NDArray[np.uint64], count: int, threads: int) -> int:
@@ -151,10 +151,9 @@ class _Helpers:
             )
             thread.start()
             self._threads.append(thread)
-        total = work(self._address, threads, task.address, context, count, looks)
-        if self._words[_PROCESSOR] != self._avoided:
-            self._leave_callers_processor()
-        return total
+        if _HAS_AFFINITY:
+            self._leave_to_caller(_libc().sched_getcpu())
+        return work(self._address, threads, task.address, context, count, looks)
 
     def stop(self) -> None:
         """End the threads."""
@@ -165,10 +164,12 @@ class _Helpers:
             if thread is not threading.current_thread():
                 thread.join(_SECONDS_TO_STOP)
 
-    def _leave_callers_processor(self) -> None:
+    def _leave_to_caller(self, processor: int) -> None:
         """Let the helpers run elsewhere: a thread is often woken where the one that wakes it runs, and in its way."""
-        self._avoided = int(self._words[_PROCESSOR])
-        others = os.sched_getaffinity(os.getpid()) - {self._avoided - 1}
+        if processor == self._avoided:
+            return
+        self._avoided = processor
+        others = os.sched_getaffinity(os.getpid()) - {processor}
         for thread in self._threads if others else []:
             with contextlib.suppress(OSError):  # a host that forbids it: the thread helps less often
                 os.sched_setaffinity(thread.native_id or 0, others)
@@ -186,8 +187,7 @@ _TRIALS = 5
 # Fields of the memory that the threads of a process share, uint64 each, by lines of the cache.
 _JOBS = 0  # number of jobs so far
 _JOB = 1  # address of the present one; 0 when there is none to begin
-_PROCESSOR = 2  # 1 + that which the caller ran on when it began the last job; 0 before it
-_IS_STOPPED = 3  # 1 when the helpers are to end
+_IS_STOPPED = 2  # 1 when the helpers are to end
 _ACTIVE = 8  # helpers that may be in a job
 _ASLEEP = 9  # helpers that have gone to sleep, or are about to, since somebody was last woken
 _SEMAPHORE = 16  # a sem_t, where they sleep
@@ -285,7 +285,6 @@ def _call(context: Any, function: Any, job_context: Any, index: Any, job: Any) -
     return types.uint64(types.uint64, types.uint64, types.int64, types.uint64), generate
 
 
-_processor = types.ExternalFunction("sched_getcpu", types.int32())
 _yield_processor = types.ExternalFunction("sched_yield", types.int32())
 _sleep_at = types.ExternalFunction("sem_wait", types.int32(types.uint64))
 _wake_one = types.ExternalFunction("sem_post", types.int32(types.uint64))
@@ -336,8 +335,6 @@ def _work(
     if threads == 1:
         _take_part(job, 0)
     else:
-        if _HAS_AFFINITY:
-            _store(helpers, _PROCESSOR, np.uint64(1 + _processor()))
         _store(helpers, _JOB, job)
         _add(helpers, _JOBS, np.uint64(1))
         # A helper says that it falls asleep, then looks for jobs; here in the other order: nobody sleeps through one.
@@ -440,6 +437,6 @@ def _looks_of_watch() -> int:
 
 
 @cache
-def _libc() -> ctypes.CDLL:
-    """The C library of this process."""
-    return ctypes.CDLL(None)
+def _libc() -> ctypes.PyDLL:
+    """The C library of this process; its functions are called with the GIL, for they take less time than it does."""
+    return ctypes.PyDLL(None)

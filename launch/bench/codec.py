@@ -5,9 +5,9 @@ Times the CPU kernels in one thread (and in two) on Gaussian gradients of severa
 Every round times everything, one after the other; medians over the rounds are compared, so that a machine whose speed
 drifts treats all alike. Gradients smaller than the cache are timed several times in a row, copies and rivals too: code
 and data are where they are in a training step, whose messages follow each other, and the second thread is awake. The
-ratios of the first calls in each row, which come after other work and wake the second thread, stand beside those of all
-calls, as "1M, first in a row". An encode or decode is a whole message: quantizing, packing, header and checksum.
-The last measurement is of a message of 150 tensors, against the same coordinates in one tensor.
+ratios of the first calls in each row, which come after other work (16 MB are read) and wake the second thread, stand
+beside those of all calls, as "1M, first in a row". An encode or decode is a whole message: quantizing, packing, header
+and checksum. The last measurement is of a message of 150 tensors, against the same coordinates in one tensor.
 """
 
 import argparse
@@ -142,8 +142,10 @@ def measure(gradient: torch.Tensor, rounds: int, in_a_row: int) -> dict[str, Tim
     for run, _ in operations.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in operations}
+    other_work = torch.ones(4_000_000)
     for _ in range(rounds):
         for name, (run, _) in operations.items():
+            other_work.sum()
             for _ in range(in_a_row):
                 begin = time.perf_counter()
                 run()
