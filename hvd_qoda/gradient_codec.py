@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.codec import Codec
+from qoda_kernels.codec import Codec, combined, have_one_rotation
 from qoda_kernels.device_codec import CudaRuntime, DeviceCodec, DeviceRuntime
 from qoda_kernels.errors import PlanError
 from qoda_kernels.layout import MessagePlan
@@ -121,6 +121,7 @@ class _OnDevice:
         self._runtime = runtime
         self._codec = DeviceCodec(plan, codebooks, runtime.device, runtime)
         self._size = plan.message_bytes
+        self._rotates = any(book.rotation != "none" for book in codebooks.values())
         self._room = [self._empty()]  # of messages that lie elsewhere
 
     def encode(self, values: Sequence[torch.Tensor], context: MessageContext, out: torch.Tensor) -> None:
@@ -132,6 +133,28 @@ class _OnDevice:
         self._runtime.synchronise()
 
     def decode_mean(
+        self,
+        messages: Sequence[torch.Tensor],
+        contexts: Sequence[MessageContext],
+        out: Sequence[torch.Tensor],
+        scale: float | None,
+    ) -> None:
+        if not self._rotates or have_one_rotation(contexts):
+            self._decode(messages, contexts, out, scale)
+            return
+        pairs = zip(messages, contexts, strict=True)
+        decoded = (self._decoded_alone(message, context, out) for message, context in pairs)
+        combined(decoded, 1.0 / len(messages) if scale is None else scale, out)
+        self._runtime.synchronise()
+
+    def _decoded_alone(
+        self, message: torch.Tensor, context: MessageContext, like: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        result = [torch.empty_like(tensor) for tensor in like]
+        self._decode([message], [context], result, 1.0)
+        return result
+
+    def _decode(
         self,
         messages: Sequence[torch.Tensor],
         contexts: Sequence[MessageContext],

@@ -1,5 +1,6 @@
 """Which device codes gradients, its self check, and the codec that follows the tensors; on the PTX machine."""
 
+import dataclasses
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from qoda_kernels.codec import Codec
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.registry import CodebookRegistry
 from tests.coded_on_machine import BrokenRuntime, FlippingRuntime, MachineRuntime, compiled, gradients_on
-from tests.kernels.codebooks import codebook_for, context, single_slice_plan
+from tests.kernels.codebooks import codebook_for, context, rotated_codebook, single_slice_plan
 
 GPU = torch.device("cuda", 0)
 OTHER_GPU = torch.device("cuda", 1)
@@ -144,3 +145,20 @@ def test_what_the_kernels_cannot_take_is_coded_on_the_cpu(caplog: pytest.LogCapt
     assert not runtime.launches
     assert "shared memory" in caplog.text
     assert torch.equal(message, Codec(plan, books).encode(values, context()))
+
+
+def test_separate_rotations_on_the_device() -> None:
+    names = "encode_rotated", "decode_mean_rotated"
+    book, runtime = rotated_codebook("nearest", 3, 128), MachineRuntime(compiled(names))
+    plan = single_slice_plan(300, book)
+    contexts = [dataclasses.replace(context(rank), rotations="separate") for rank in range(2)]
+    values = [torch.randn(300, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
+    cpu = Codec(plan, {"other": book})
+    messages = [cpu.encode([tensor], where) for tensor, where in zip(values, contexts, strict=True)]
+    (expected,) = cpu.decode_mean(messages, contexts)
+    with gradients_on(runtime):
+        codec = GradientCodec(plan, {"other": book})
+        (found,) = codec.decode_mean(messages, contexts, [torch.empty(300)])
+        assert torch.equal(codec.encode([values[1]], contexts[1]), messages[1])
+    assert "decode_mean_rotated" in runtime.launches
+    assert torch.equal(found, expected)

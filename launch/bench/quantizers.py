@@ -18,7 +18,7 @@ least variance from truncated normals, one codebook for all layers, buckets of 8
 
 The summary compares at each width, of one worker and of the mean over the workers: our best method with fixed-length
 codes and with entropy coding, the best of the papers that this project follows (QSGD, NUQSGD, ALQ and QODA's levels,
-TUQ, TNQ, TBQ; fixed length), and the best of all others.
+TUQ, TNQ, TBQ; fixed length), and the best of all others; a method that has one width is compared at that one.
 """
 
 import argparse
@@ -334,18 +334,31 @@ def _compared(rows: Sequence[Measurement], bits: int, kind: str) -> str:
             words.append("nothing of so many bits")
             continue
         best = min(ours, key=lambda method: ours[method])
-        other = min(others, key=lambda method: others[method])
+        ratios = {method: _ratio(curves[best], curves[method], bits + 0.1) for method in others}
+        other = max(ratios, key=lambda method: ratios[method])
         words.append(
             f"{best.removeprefix('ours-'):26s} {ours[best]:.3g} "
-            f"{ours[best] / papers:5.2f} {ours[best] / others[other]:5.2f} ({other})"
+            f"{ours[best] / papers:5.2f} {ratios[other]:5.2f} ({other})"
         )
     return "; ".join(words)
+
+
+def _ratio(ours: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]], bits: float) -> float:
+    """Our error over another method's, at so many bits; a method of one width is met at its own, if ours reaches it."""
+    at = other[0][0] if len(other) == 1 else bits
+    error = error_at(ours, at)
+    if error is None:
+        at, error = bits, error_at(ours, bits)
+    known = error_at(other, bits)
+    assert error is not None
+    assert known is not None
+    return error / known
 
 
 def error_at(points: Sequence[tuple[float, float]], bits: float) -> float | None:
     """Error at so many bits, interpolated; None if unknown. A method that ends just below may leave the rest unused.
 
-    For a method of one width it is that of the last point below.
+    For a method of one width it is that of its point.
     """
     known = sorted(points)
     if len(known) == 1:
