@@ -11,7 +11,7 @@ import torch
 
 from hvd_qoda.errors import PlanError
 from hvd_qoda.gradient_codec import GradientCodec
-from hvd_qoda.shares import OwnMessage, Piece, Share, Shares, Stamp, replanned, under_way, used_codebooks
+from hvd_qoda.shares import OwnMessage, SegmentRange, Share, Shares, Stamp, replanned, under_way, used_codebooks
 from hvd_qoda.transport import Handle, Transport
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.layout import MessagePlan
@@ -124,6 +124,6 @@ class ReduceToOwnerExchange:
             kept = [index for index, owner in enumerate(self._owners) if owner == rank]
             slices = [self.plan.segments[index].slice for index in kept]
             plan = MessagePlan.build(slices, codebooks)
-            pieces = tuple(Piece(index, 0, part.length) for index, part in zip(kept, slices, strict=True))
+            pieces = tuple(SegmentRange(index, 0, part.length) for index, part in zip(kept, slices, strict=True))
             shares.append(Share(plan, pieces, GradientCodec(plan, codebooks, self._threads)))
         return tuple(shares)

@@ -54,7 +54,7 @@ class Stamp:
 
 
 @dataclass(frozen=True)
-class Piece:
+class SegmentRange:
     """Where a segment of a share lies in the whole plan: a range of the elements of one of its segments."""
 
     segment: int
@@ -71,7 +71,7 @@ class Share:
     """A part of a plan with messages of its own."""
 
     plan: MessagePlan
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SegmentRange, ...]
     codec: GradientCodec
 
     def decode_mean(
@@ -213,7 +213,7 @@ class OwnMessage:
         return out
 
 
-def pieces_of(plan: MessagePlan, share: MessagePlan) -> tuple[Piece, ...]:
+def pieces_of(plan: MessagePlan, share: MessagePlan) -> tuple[SegmentRange, ...]:
     """Place of every segment of a share; both are in the same order."""
     pieces = []
     index = 0
@@ -222,7 +222,7 @@ def pieces_of(plan: MessagePlan, share: MessagePlan) -> tuple[Piece, ...]:
         while not _contains(plan.segments[index].slice, part):
             index += 1
         begin = part.start - plan.segments[index].slice.start
-        pieces.append(Piece(index, begin, begin + part.length))
+        pieces.append(SegmentRange(index, begin, begin + part.length))
     return tuple(pieces)
 
 
