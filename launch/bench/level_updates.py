@@ -36,6 +36,7 @@ _WAYS: dict[str, dict[str, Any]] = {
     "adaptive, per layer": {"codebooks": "per_layer"},
     "tnq, per type": {"levels": "tnq"},
     "bits auto, per layer": {"bits": "auto", "codebooks": "per_layer"},
+    "the same, rotated": {"bits": "auto", "codebooks": "per_layer", "rotation": "hadamard", "rounding": "nearest"},
 }
 
 
