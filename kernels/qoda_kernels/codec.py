@@ -160,8 +160,10 @@ class Codec:
         self._check_tensors(results)
         factor = 1.0 / len(messages) if scale is None else scale
         if self._rotates and not have_one_rotation(contexts):
+            room = [torch.empty_like(result) for result in results]
             pairs = zip(messages, contexts, strict=True)
-            return combined((self._decoded([message], [context], 1.0) for message, context in pairs), factor, results)
+            decoded = (self._decoded([message], [context], 1.0, room) for message, context in pairs)
+            return combined(decoded, factor, results)
         return self._decoded(messages, contexts, factor, results)
 
     def _decoded(
@@ -335,17 +337,17 @@ def combined(
     """Sum of what several messages decode to, in the order given, in float32 or float64, times a scale.
 
     Args:
-        decoded: of each message, one tensor per segment.
+        decoded: of each message, one tensor per segment; they may be the same tensors, written anew.
         scale: factor of the sum, rounded to float32.
         out: tensors of the same lengths and dtypes to write into.
     """
-    totals: list[torch.Tensor] = []
-    for parts in decoded:
-        if totals:
-            for total, part in zip(totals, parts, strict=True):
+    totals = [result.to(torch.promote_types(result.dtype, torch.float32)) for result in out]  # or `out` itself
+    for number, parts in enumerate(decoded):
+        for total, part in zip(totals, parts, strict=True):
+            if number == 0:
+                total.copy_(part)
+            else:
                 total += part
-        else:
-            totals = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
     factor = float(np.float32(scale))
     for total, result in zip(totals, out, strict=True):
         result.copy_(total.mul_(factor))
