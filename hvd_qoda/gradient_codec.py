@@ -58,7 +58,7 @@ class GradientCodec(Codec):
             message = torch.empty(self.plan.message_bytes, dtype=torch.uint8) if out is None else out
             found.encode(values, context, message)
             return message
-        staged = [tensor.cpu() for tensor in values]
+        staged = _on_cpu(values)
         if out is None or out.is_cpu:
             return super().encode(staged, context, out)
         return out.copy_(super().encode(staged, context))
@@ -83,7 +83,7 @@ class GradientCodec(Codec):
         if out is not None and found is not None:
             found.decode_mean(messages, contexts, out, scale)
             return list(out)
-        staged = [message.cpu() for message in messages]
+        staged = _on_cpu(messages)
         if out is None or all(tensor.is_cpu for tensor in out):
             return super().decode_mean(staged, contexts, out, scale)
         for tensor, result in zip(out, super().decode_mean(staged, contexts, None, scale), strict=True):
@@ -92,12 +92,13 @@ class GradientCodec(Codec):
 
     def _on_device_of(self, tensors: Sequence[torch.Tensor]) -> "_OnDevice | None":
         """The codec of the device where all of these are, if there is one."""
-        device = tensors[0].device if tensors else torch.device("cpu")
-        if any(tensor.device != device for tensor in tensors):
+        if not tensors:
             return None
+        device = tensors[0].device
         if device not in self._on_devices:
             self._on_devices[device] = self._made_for(device)
-        return self._on_devices[device]
+        found = self._on_devices[device]
+        return None if found is None or any(tensor.device != device for tensor in tensors) else found
 
     def _made_for(self, device: torch.device) -> "_OnDevice | None":
         runtime = runtime_of(device)
@@ -108,6 +109,10 @@ class GradientCodec(Codec):
         except PlanError as error:
             _logger.warning("a message is coded on the CPU, not on %s: %s", device, error)
             return None
+
+
+def _on_cpu(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return tensors if all(tensor.is_cpu for tensor in tensors) else [tensor.cpu() for tensor in tensors]
 
 
 class _OnDevice:

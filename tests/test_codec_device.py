@@ -60,6 +60,17 @@ def test_it_is_checked_once_for_each_set_of_codebooks() -> None:
     assert counts[0] == counts[1] < counts[2]
 
 
+@pytest.mark.parametrize("stratified", [False, True])
+def test_every_kernel_that_messages_need_is_checked(stratified: bool) -> None:
+    names = ("encode_stratified",) if stratified else ("encode", "encode_rotated", "decode_mean_rotated")
+    runtime = MachineRuntime(compiled(("decode_mean", *names)))
+    books = [Codebook.exact(), codebook_for("minimum", 3, bucket_size=128)]
+    books += [] if stratified else [rotated_codebook("nearest", 4, 128)]
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    assert codec_device.checked_problem(runtime, books, dtypes, stratified) is None
+    assert set(runtime.launches) == {"decode_mean", *names}
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [(FlippingRuntime, "encoding differs from the CPU's at byte 100"), (BrokenRuntime, "encode: no such driver")],

@@ -1,7 +1,8 @@
 """The self check of a device: a few small messages, encoded and decoded there, against the bits of the CPU's codec.
 
 It covers what the given codebooks and dtypes need: every kernel that their plans launch, whole buckets and ragged
-tails, zeros, values far apart, buckets that are not finite, sums over senders, and a damaged message.
+tails, zeros, values far apart, buckets that are not finite, tensors at odd addresses, sums over senders, and a damaged
+message.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,7 +62,7 @@ def _check_message(
     for context in contexts:
         values = _values(plan, codebooks, context.rank)
         message = cpu.encode(values, context)
-        encoded = device.encode([tensor.to(runtime.device) for tensor in values], context).cpu()
+        encoded = device.encode([_shifted(tensor, runtime.device) for tensor in values], context).cpu()
         if not torch.equal(message, encoded):
             place = int((message != encoded).nonzero()[0])
             raise KernelError(f"encoding differs from the CPU's at byte {place}: {_part_at(plan, codebooks, place)}")
@@ -87,9 +88,16 @@ def _decoded(
 ) -> list[torch.Tensor]:
     # Each in memory of its own, at a multiple of 16 bytes.
     placed = [runtime.upload(message.numpy()) for message in messages]
-    results = codec.decode_mean(placed, contexts)
+    slices = [segment.slice for segment in codec.plan.segments]
+    results = [_shifted(torch.zeros(part.length, dtype=part.dtype), runtime.device) for part in slices]
+    codec.decode_mean(placed, contexts, results)
     runtime.synchronise()
     return results
+
+
+def _shifted(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on a device, at a multiple of its elements' size only, as gradients in a flat buffer may lie."""
+    return torch.cat([tensor.new_zeros(1), tensor]).to(device)[1:]
 
 
 def _plan(codebooks: Mapping[str, Codebook], dtypes: Sequence[torch.dtype]) -> MessagePlan:
