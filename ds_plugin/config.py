@@ -70,14 +70,25 @@ def check_optimizer(configuration: Mapping[str, Any]) -> str | None:
     """
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
+    section = configuration.get("optimizer")
+    if section is not None and not isinstance(section, Mapping):
+        raise ConfigError(
+            f'DeepSpeed configuration: optimizer: must map "type" and "params" to values, got {section!r}'
+        )
     name = _section(configuration, "optimizer").get("type")
-    if name is None or str(name).lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, str(name)):
+    of_torch = [word for word, found in vars(torch.optim).items() if _is_optimizer(found)]
+    if name is None or str(name).lower() in DEEPSPEED_OPTIMIZERS or name in of_torch:
         return None if name is None else str(name)
-    known = sorted({*DEEPSPEED_OPTIMIZERS, *torch.optim.__all__, "QODA", "QODAdam"} - {"Optimizer"})
+    known = sorted({*DEEPSPEED_OPTIMIZERS, *of_torch})
     nearest = {word.lower(): word for word in known}
     found = difflib.get_close_matches(str(name).lower(), nearest, n=1)
     hint = f"; did you mean {nearest[found[0]]!r}?" if found else ""
     raise ConfigError(f"DeepSpeed configuration: optimizer.type: DeepSpeed knows no {name!r}{hint}")
+
+
+def _is_optimizer(found: Any) -> bool:
+    is_class = isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
+    return is_class and found is not torch.optim.Optimizer
 
 
 def refuse_unsupported(configuration: Mapping[str, Any], config: QodaConfig) -> None:

@@ -284,7 +284,8 @@ class QodaConfig(_Model):
       message, or half of them by exchanges with all-to-alls, if that is between 2 MiB and this, so that backward hides
       the first ones' way); under Horovod's stock optimizer every parameter has messages of its own. Default 16.
     - `codec_device`: what codes gradients that lie on a GPU: "auto" (that GPU if its kernels pass a self check, else
-      the CPU; the same bits either way), "cpu", or "gpu" (an error where "auto" would take the CPU). Default "auto".
+      the CPU; the same bits either way), "cpu", or "gpu" (an error where the check fails). A message whose codebooks
+      do not fit into the GPU's shared memory is coded on the CPU in any case, with a warning. Default "auto".
     - `timeout_s`: seconds to wait for other ranks before `ExchangeTimeoutError`. Default 300: a rank may evaluate or
       save a checkpoint between two steps.
 
@@ -488,6 +489,12 @@ class QodaConfig(_Model):
             )
 
     def _check_rotation(self) -> None:
+        rotates = "hadamard" in (self.rotation, *(layer.rotation for layer in self.layers)) or self.levels == "best"
+        if self.rotations == "separate" and not rotates:
+            raise ConfigError(
+                'rotations="separate" needs buckets that are rotated: give rotation="hadamard", for all or in a rule '
+                'of `layers`, or levels="best"'
+            )
         if self.rotation == "none" and self.rounding == "stochastic" and self.levels != "best":
             return
         try:

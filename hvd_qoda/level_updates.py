@@ -34,11 +34,12 @@ class LevelUpdates:
     Args:
         schedule: when, and which statistics.
         registry: the model's codebooks, as training starts.
+        learns: whether anything is to be learnt; not where nothing is ever quantized.
     """
 
-    def __init__(self, schedule: UpdateLevels, registry: CodebookRegistry) -> None:
+    def __init__(self, schedule: UpdateLevels, registry: CodebookRegistry, learns: bool = True) -> None:
         self._schedule = schedule
-        self._keys = registry.adaptive_keys
+        self._keys = registry.adaptive_keys if learns else ()
         self._statistics: dict[str, type[ExchangedStatistics]] = {
             key: registry.statistics_class(key, schedule.statistics) for key in self._keys
         }

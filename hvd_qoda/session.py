@@ -126,7 +126,7 @@ class Session:
         self._given_name = name
         # Weak, so that a route ends with its optimizer, and its hooks with it.
         self._route: weakref.ref[GradientRoute] | None = None
-        self._levels = LevelUpdates(config.update_levels, self.registry)
+        self._levels = LevelUpdates(config.update_levels, self.registry, learns=config.exchange != "off")
         self.choice = SchemeChoice(_allowed_schemes(config), self.name) if config.exchange == "auto" else None
         self._note: str | None = None
         self._vectors = WorkerVectors() if config.worker_norms else None

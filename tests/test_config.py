@@ -132,6 +132,7 @@ WRONG = [
     ({"auto_bits": {"min_bits": 6, "max_bits": 5}}, "auto_bits.max_bits=5", "smaller than min_bits=6"),
     ({"auto_bits": {"reference": 9}}, "auto_bits.reference=9", "at most 8"),
     ({"codebooks": "per_layers"}, "codebooks='per_layers'", "did you mean 'per_layer'"),
+    ({"rotations": "separate"}, 'rotations="separate"', 'rotation="hadamard"'),
     ({"rotations": "seperate"}, "rotations='seperate'", "did you mean 'separate'"),
     ({"tails": {"gmax": "quantile"}}, "tails.gmax", "did you mean 'gmin'"),
 ]

@@ -1,4 +1,7 @@
-"""exchange="off" under DistributedDataParallel: the host's own all-reduce of a fusion buffer, as it is."""
+"""exchange="off" under DistributedDataParallel: the host's own all-reduce of a fusion buffer, as it is.
+
+Like DDP itself it divides before it sums: the sum of 16-bit gradients may be beyond their range.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -47,7 +50,7 @@ class AllReduceExchange:
         """See `Exchange`."""
         self._handles = []
         for dtype in self._dtypes:
-            together = torch.cat([tensor for tensor in values if tensor.dtype == dtype])
+            together = torch.cat([tensor for tensor in values if tensor.dtype == dtype]).div_(self._transport.size)
             name = f"{self.waiting_for}.{dtype}"
             self._handles.append(self._transport.start_all_reduce(together, name))
 
@@ -68,9 +71,9 @@ class AllReduceExchange:
         handles, self._handles = self._handles, []
         for dtype, handle in zip(self._dtypes, handles, strict=True):
             targets = [tensor for tensor in out if tensor.dtype == dtype]
-            (total,) = under_way(handle).wait()
-            for target, part in zip(targets, total.split([target.numel() for target in targets]), strict=True):
-                torch.mul(part, scale / self._transport.size, out=target)
+            (mean,) = under_way(handle).wait()
+            for target, part in zip(targets, mean.split([target.numel() for target in targets]), strict=True):
+                torch.mul(part, scale, out=target)
 
     def drop(self) -> None:
         """See `Exchange`."""

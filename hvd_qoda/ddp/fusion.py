@@ -19,17 +19,19 @@ from qoda_kernels.registry import CodebookRegistry, ParameterEntry
 __all__ = ["Filling", "fusion_buffers", "plan_of"]
 
 
-def fusion_buffers(entries: Iterable[ParameterEntry], bytes_at_most: float) -> list[tuple[str, ...]]:
+def fusion_buffers(
+    entries: Iterable[tuple[ParameterEntry, torch.device]], bytes_at_most: float
+) -> list[tuple[str, ...]]:
     """Names of the parameters of every fusion buffer.
 
     Args:
-        entries: parameters that get gradients, in the model's order.
-        bytes_at_most: of gradients in one fusion buffer, which all have one dtype; a larger parameter has one of its
-            own.
+        entries: parameters that get gradients, and where they lie, in the model's order.
+        bytes_at_most: of gradients in one fusion buffer, which all have one dtype and lie on one device; a larger
+            parameter has one of its own.
     """
     buffers: list[tuple[str, ...]] = []
-    for _, run in groupby(reversed(list(entries)), key=lambda entry: entry.dtype):
-        buffers += fill_buffers({entry.name: entry.numel * entry.dtype.itemsize for entry in run}, bytes_at_most)
+    for _, run in groupby(reversed(list(entries)), key=lambda pair: (pair[0].dtype, pair[1])):
+        buffers += fill_buffers({entry.name: entry.numel * entry.dtype.itemsize for entry, _ in run}, bytes_at_most)
     return buffers
 
 

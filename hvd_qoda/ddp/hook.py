@@ -174,7 +174,8 @@ class QodaState:
         if step is None:
             raise QodaError("DDP's reduce buckets do not begin with the first one: a step was broken off")
         lengths = [session.registry.parameters[name].numel for name in names]
-        arrived = Arrived(bucket.buffer(), names, lengths, session.coding_device)
+        coding_device = (lambda gradients: gradients[0].device) if world.sends_exactly else session.coding_device
+        arrived = Arrived(bucket.buffer(), names, lengths, coding_device)
         if world.transport.size == 1:  # nothing to exchange, nothing to quantize
             self._pass = None if bucket.is_last() else step
             arrived.hand_back()
@@ -264,7 +265,9 @@ class QodaState:
     def _buffers(self) -> list[tuple[str, ...]]:
         session = self._attached
         wanted = [
-            session.registry.parameters[n] for n, parameter in session.parameters.items() if parameter.requires_grad
+            (session.registry.parameters[name], parameter.device)
+            for name, parameter in session.parameters.items()
+            if parameter.requires_grad
         ]
         return fusion_buffers(wanted, self._config.fusion_buffer_mb * 2**20)
 

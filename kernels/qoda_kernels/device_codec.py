@@ -263,7 +263,7 @@ class DeviceCodec(Codec):
 
         Args:
             messages: contiguous uint8 tensors [message_bytes] on the device, 16-byte aligned, one per sender.
-            contexts: what each message must be; the rank is not needed to decode, the seed only to rotate back.
+            contexts: what each message must be; the seed is needed only to rotate back, by one rotation for all.
             out: contiguous 1-D tensors with the slices' dtypes and lengths to write into; new ones by default.
             scale: factor of the sum; by default 1 / number of messages.
 

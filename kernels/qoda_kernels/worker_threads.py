@@ -129,6 +129,11 @@ class WorkerThreads:
         return helpers
 
 
+def _serve(words: npt.NDArray[np.uint64], place: int, looks: int) -> None:
+    """What a helping thread does; it keeps the memory that it watches, whoever else lets go of it."""
+    _server()(words.ctypes.data, place, looks)
+
+
 class _Helpers:
     """The helping threads of one process."""
 
@@ -139,16 +144,15 @@ class _Helpers:
         self._address = self._words.ctypes.data
         self._semaphore = ctypes.c_void_p(self._address + _WORD_BYTES * _SEMAPHORE)
         self._avoided: int | None = None
-        _libc().sem_init(self._semaphore, 0, 0)
+        if _libc().sem_init(self._semaphore, 0, 0) != 0:
+            raise KernelError("this system has no semaphores for the threads that help to code: set OMP_NUM_THREADS=1")
 
     def work(self, task: Task, context: npt.NDArray[np.uint64], count: int, threads: int) -> int:
         """Call a task for every index below a count, with so many threads; by one caller at a time."""
         work, looks = _worker(), _looks_of_watch()
         while len(self._threads) < threads - 1:
             place = len(self._threads) + 1
-            thread = threading.Thread(
-                target=_server(), args=(self._address, place, looks), name="hvd-qoda", daemon=True
-            )
+            thread = threading.Thread(target=_serve, args=(self._words, place, looks), name="hvd-qoda", daemon=True)
             thread.start()
             self._threads.append(thread)
         if _HAS_AFFINITY:

@@ -43,6 +43,14 @@ def test_rotated_buckets(two_ranks: RankPool, exchange: str, rotations: str) -> 
     assert {version for _, _, version, _ in outcomes} == {0}  # nothing to fit
 
 
+def test_ranks_rotate_by_signs_of_their_own_if_told_to(two_ranks: RankPool) -> None:
+    options = {"bits": 4, "rotation": "hadamard", "rounding": "nearest", "exchange": "allgather"}
+    common, separate = (
+        two_ranks.run(trained, {**options, "rotations": rotations}, steps=1) for rotations in ("common", "separate")
+    )
+    assert common[0][0] != separate[0][0]
+
+
 def test_planning_the_bits_of_rotated_buckets_costs_few_bytes(two_ranks: RankPool) -> None:
     """The bytes of histograms are saved, in the steps before the plan; the plan is the same on both ranks."""
     options = {"bits": "auto", "codebooks": "per_layer", "rotation": "hadamard", "exchange": "allgather"}
@@ -304,6 +312,26 @@ def test_off_is_an_all_reduce(four_ranks: RankPool, dtype: torch.dtype) -> None:
     for _, share, distance in outcomes:
         assert share == pytest.approx(1.0)
         assert distance < 1e-6
+
+
+def large_gradients() -> tuple[bool, int]:
+    """Whether the mean of fp16 gradients is right whose sum is not finite; how often levels were fitted before."""
+    run = Run({**QUICK, "exchange": "off"}, dtype=torch.float16)
+    for step in range(3):
+        run.step(step)
+    weight = run.model.get_parameter(next(name for name, _ in run.model.named_parameters()))
+    weight.register_hook(lambda gradient: torch.full_like(gradient, 30_000.0))
+    run.optimizer.zero_grad()
+    run.loss(0).backward()
+    assert run.state is not None
+    assert weight.grad is not None
+    return bool((weight.grad == 30_000.0).all()), run.state.registry.version
+
+
+def test_off_divides_before_it_sums_and_learns_no_levels(four_ranks: RankPool) -> None:
+    for is_mean, version in four_ranks.run(large_gradients):
+        assert is_mean
+        assert version == 0
 
 
 def nothing_quantized_but_needed() -> None:

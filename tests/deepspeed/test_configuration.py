@@ -132,6 +132,8 @@ def test_the_command_line_looks_at_the_optimizer(tmp_path: Path, capsys: pytest.
     status, _, error = check(optimizer={"type": "QODAdm"})
     assert status == 1
     assert "knows no 'QODAdm'; did you mean 'QODAdam'?" in error
+    assert "knows no 'lr_scheduler'" in check(optimizer={"type": "lr_scheduler"})[2]
+    assert 'must map "type"' in check(optimizer="Adam")[2]
 
 
 def test_the_command_line_says_what_deepspeed_does_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

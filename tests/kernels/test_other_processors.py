@@ -16,7 +16,11 @@ import torch
 from qoda_kernels.codec import Codec
 from tests.kernels.codebooks import codebook_for, context, rotated_codebook, single_slice_plan
 
-CODEBOOKS = (codebook_for("minimum", 5, norm="l2"), rotated_codebook("nearest", 3, 512))
+CODEBOOKS = (
+    codebook_for("uniform", 4),
+    codebook_for("minimum", 5, norm="l2"),
+    rotated_codebook("nearest", 3, 512),
+)
 """Between them they use most of the vector code: searches of levels, norms, rotation, dither and its absence."""
 
 ARM64 = "aarch64-unknown-linux-gnu"
