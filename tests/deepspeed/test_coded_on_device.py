@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.coded_on_machine import KERNELS, MachineRuntime, compiled, gradients_on
-from tests.deepspeed.training import configuration, make_engine
+from tests.deepspeed.training import configuration, engine_of
 from tests.launcher import RankPool
 
 STEPS = 2
@@ -24,12 +24,12 @@ class Small(nn.Module):
 
 
 def trained(stage: int, options: dict[str, Any]) -> bytes:
-    engine = make_engine(configuration(stage, "bf16", {"min_numel": 100, **options}), Small())
-    for step in range(STEPS):
-        generator = torch.Generator().manual_seed(10 * step + torch.distributed.get_rank())
-        engine.backward(engine(torch.randn(4, 20, generator=generator).to(engine.device, torch.bfloat16)))
-        engine.step()
-    return b"".join(p.detach().float().cpu().numpy().tobytes() for p in engine.module.parameters())
+    with engine_of(configuration(stage, "bf16", {"min_numel": 100, **options}), Small()) as engine:
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(10 * step + torch.distributed.get_rank())
+            engine.backward(engine(torch.randn(4, 20, generator=generator).to(engine.device, torch.bfloat16)))
+            engine.step()
+        return b"".join(p.detach().float().cpu().numpy().tobytes() for p in engine.module.parameters())
 
 
 def on_the_cpu_and_on_the_machine(stage: int, texts: dict[str, str]) -> tuple[bytes, bytes, int]:
