@@ -8,9 +8,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from qoda_kernels.codec import Codec
@@ -23,6 +23,7 @@ CODEBOOKS = (
 )
 """Between them they use most of the vector code: searches of levels, norms, rotation, dither and its absence."""
 
+END_OF_PART = "; end of part\n"
 ARM64 = "aarch64-unknown-linux-gnu"
 # Numba's own counting of references, as LLVM writes it for x86.
 _OF_NUMBA = "llvm.x86.atomic.sub.cc.i64"
@@ -42,49 +43,51 @@ def digest_of_messages() -> str:
     return digest.hexdigest()
 
 
-def print_intermediate_code() -> None:
-    """Compile an encoder and a decoder, and print what Numba hands to LLVM's code generator."""
+def print_digest_and_code() -> None:
+    """What a lesser processor makes of the messages, and what Numba hands to LLVM for two of its kernels."""
     from qoda_kernels import cpu
 
-    for kernel in (cpu.encoder(5, 32, "minimum", cpu.FLOAT32, False), cpu.decoder(5, 32, cpu.FLOAT32)):
-        for compiled in kernel.owner.overloads.values():
-            print(compiled.library.get_llvm_str(), "\n; end of module")
+    print(digest_of_messages())
+    for kernel in (cpu.encoder(5, 64, "minimum", cpu.FLOAT32, False), cpu.decoder(5, 64, cpu.FLOAT32)):
+        (compiled,) = kernel.owner.overloads.values()
+        print(END_OF_PART, compiled.library.get_llvm_str())
 
 
-def output_of_another_process(function: str, **environment: str) -> str:
-    code = f"import runpy; result = runpy.run_path({__file__!r})[{function!r}]()\nif result: print(result)"
-    path = os.pathsep.join(path for path in sys.path if path)
+@pytest.fixture(scope="module")
+def lesser_processor(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What `print_digest_and_code` prints without vector extensions, with an empty cache, which would not give code."""
+    code = f"import runpy; runpy.run_path({__file__!r})['print_digest_and_code']()"
+    environment = {
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
     ran = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | environment | {"PYTHONPATH": path},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=280,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    return ran.stdout.strip()
+    return ran.stdout.split(END_OF_PART)
 
 
-def test_the_same_bits_without_vector_extensions() -> None:
-    lesser = output_of_another_process("digest_of_messages", NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
-    assert lesser == digest_of_messages()
+def test_the_same_bits_without_vector_extensions(lesser_processor: list[str]) -> None:
+    assert lesser_processor[0].strip() == digest_of_messages()
 
 
-def test_the_kernels_compile_for_arm64_to_vector_code_without_contraction(tmp_path: Path) -> None:
+def test_the_kernels_compile_for_arm64_to_vector_code_without_contraction(lesser_processor: list[str]) -> None:
     """A fused multiply-add would give other bits than the reference."""
     from llvmlite import binding as llvm
 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(ARM64).create_target_machine(cpu="generic", opt=2)
-    # The code for the least x86-64: it is what has fewest assumptions in it.
-    modules = output_of_another_process(
-        "print_intermediate_code", NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path)
-    ).split("; end of module")
-    assert len(modules) == 3
     fused = []
-    for text in modules[:2]:
+    for text in lesser_processor[1:]:
         assert set(re.findall(r"llvm\.x86\.[\w.]+", text)) <= {_OF_NUMBA}
         # What the kernels mean to fuse is set apart, and must not be made of a product and a sum.
         text = text.replace("llvm.fma.", "fused_on_purpose_").replace(_OF_NUMBA, "numba_decrease_count")
