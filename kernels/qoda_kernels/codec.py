@@ -26,15 +26,16 @@ from qoda_kernels.reference import rounding_table, signed_levels
 from qoda_kernels.tasks import (
     TaskRow,
     TaskTable,
+    check_context,
+    check_task,
     decode_context,
     decode_task,
     encode_context,
     encode_task,
     float32_bits,
-    sum_context,
     sum_task,
 )
-from qoda_kernels.wire import Header, MessageContext, check_header, fold_checksum, message_digest, pack_header
+from qoda_kernels.wire import Header, HeaderWords, MessageContext, check_header, header_words, message_digest
 from qoda_kernels.worker_threads import WorkerThreads
 
 _KINDS = {
@@ -90,13 +91,15 @@ class Codec:
                     "build a new plan"
                 )
         self._wanted = [(segment.slice.length, segment.slice.dtype) for segment in plan.segments]
+        self._forms = [_contiguous(*wanted) for wanted in self._wanted]
+        self._message_form = _contiguous(plan.message_bytes, torch.uint8)
         self._encode_tables: dict[bool, TaskTable] = {}
         digest = hashlib.blake2b(plan.digest, digest_size=8)
         for key in sorted(self._codebooks):
             digest.update(self._codebooks[key].digest)
         self._digest = digest.digest()
         self._rotates = any(book.rotation != "none" for book in self._codebooks.values())
-        self._message_digests: dict[tuple[int, int, int], bytes] = {}
+        self._message_digests: dict[tuple[int, int, int], int] = {}
 
     def encode(
         self, values: Sequence[torch.Tensor], context: MessageContext, out: torch.Tensor | None = None
@@ -116,15 +119,17 @@ class Codec:
         """
         self._check_tensors(values)
         message = torch.empty(self.plan.message_bytes, dtype=torch.uint8) if out is None else out
-        if not self._is_message(message):
+        if _form(message) != self._message_form:
             raise PlanError(f"the message buffer must be a contiguous CPU uint8 [{self.plan.message_bytes}]")
         key = context.key()
         rotation = context.rotation_key().packed if self._rotates else 0
-        begin = message.data_ptr()
-        table = self._encoders(key.strata > 1)
-        words = encode_context(table, begin, key.packed, rotation, [tensor.data_ptr() for tensor in values])
-        total = self._threads.run(encode_task(), words, table.count)
-        ctypes.memmove(begin, self._header_bytes(context, fold_checksum(total)), HEADER_BYTES)
+        is_stratified = key.strata > 1
+        table = self._encode_tables.get(is_stratified) or self._encoders(is_stratified)
+        addresses = [tensor.data_ptr() for tensor in values]
+        words = encode_context(
+            table, message.data_ptr(), key.packed, rotation, self._words_of_header(context), addresses
+        )
+        self._threads.run(encode_task(), words, table.count)
         return message
 
     def decode_mean(
@@ -154,8 +159,7 @@ class Codec:
             raise PlanError(
                 f"{len(messages)} messages and {len(contexts)} contexts; there must be one context a message"
             )
-        for message, context in zip(messages, contexts, strict=True):
-            self._check_message(message, context)
+        self._check_messages(messages, contexts)
         results = [torch.empty(length, dtype=dtype) for length, dtype in self._wanted] if out is None else list(out)
         self._check_tensors(results)
         factor = 1.0 / len(messages) if scale is None else scale
@@ -205,9 +209,12 @@ class Codec:
         check_header(received, self._expected(message, context, flags), context.source)
 
     def _expected(self, message: torch.Tensor, context: MessageContext, flags: int) -> Header:
-        size = message.numel()
-        checksum = self._checksum(message.data_ptr(), size)
-        return Header.expected(self._digest, context, size - HEADER_BYTES, checksum, flags)
+        """Header of a message of any size that has a payload."""
+        begin, payload_bytes = message.data_ptr(), message.numel() - HEADER_BYTES
+        runs = self._runs(payload_bytes)
+        words = check_context([(begin, 0, 0, 0, payload_bytes)], runs)
+        checksum = self._threads.run(sum_task(), words, runs) >> 32
+        return Header.expected(self._digest, context, payload_bytes, checksum, flags)
 
     @cached_property
     def _groups(self) -> list[_Group]:
@@ -219,31 +226,28 @@ class Codec:
         return [group for parts in _cut(self.plan, count) for group in _grouped(self.plan, parts)]
 
     def _encoders(self, is_stratified: bool) -> TaskTable:
-        """The tasks that encode a message."""
-        if is_stratified not in self._encode_tables:
-            tables = {
-                key: cpu.kernel_table(rounding_table(book))
-                for key, book in self._codebooks.items()
-                if not book.is_exact
-            }
+        """The tasks that encode a message; they are made once."""
+        tables = {
+            key: cpu.kernel_table(rounding_table(book)) for key, book in self._codebooks.items() if not book.is_exact
+        }
 
-            def row(group: _Group) -> TaskRow:
-                book = self._codebooks[group.codebook]
-                if book.is_exact:
-                    return TaskRow(tasks.EXACT, cpu.exact_encoder(), group.parts, (group.dtype.itemsize,))
-                table, kind = tables[group.codebook], _KINDS[group.dtype]
-                clip = float32_bits(book.clip)
-                scalars = book.bucket_size, book.format.norm_bytes, book.norm == "l2", clip
-                shared = group.parts, scalars, table.lines, table.levels, table.cells
-                if book.rotation == "none":
-                    kernel = cpu.encoder(book.bits, book.format.lanes, table.method, kind, is_stratified)
-                    return TaskRow(tasks.PLAIN, kernel, *shared)
-                rounds = is_stratified, book.rounding == "nearest"
-                kernel = cpu.rotated_encoder(book.bits, book.bucket_size, table.method, kind, *rounds)
-                magnitudes = np.array(book.levels, dtype=np.float32)
-                return TaskRow(tasks.ROTATED, kernel, *shared, book.spread, magnitudes)
+        def row(group: _Group) -> TaskRow:
+            book = self._codebooks[group.codebook]
+            if book.is_exact:
+                return TaskRow(tasks.EXACT, cpu.exact_encoder(), group.parts, (group.dtype.itemsize,))
+            table, kind = tables[group.codebook], _KINDS[group.dtype]
+            clip = float32_bits(book.clip)
+            scalars = book.bucket_size, book.format.norm_bytes, book.norm == "l2", clip
+            shared = group.parts, scalars, table.lines, table.levels, table.cells
+            if book.rotation == "none":
+                kernel = cpu.encoder(book.bits, book.format.lanes, table.method, kind, is_stratified)
+                return TaskRow(tasks.PLAIN, kernel, *shared)
+            rounds = is_stratified, book.rounding == "nearest"
+            kernel = cpu.rotated_encoder(book.bits, book.bucket_size, table.method, kind, *rounds)
+            magnitudes = np.array(book.levels, dtype=np.float32)
+            return TaskRow(tasks.ROTATED, kernel, *shared, book.spread, magnitudes)
 
-            self._encode_tables[is_stratified] = TaskTable([row(group) for group in self._groups])
+        self._encode_tables[is_stratified] = TaskTable([row(group) for group in self._groups])
         return self._encode_tables[is_stratified]
 
     @cached_property
@@ -265,12 +269,13 @@ class Codec:
         return TaskTable([row(group) for group in self._groups])
 
     def _check_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
-        if len(tensors) != len(self._wanted):
-            raise PlanError(f"{len(tensors)} tensors for a plan of {len(self._wanted)} segments")
-        for index, (tensor, (length, dtype)) in enumerate(zip(tensors, self._wanted, strict=True)):
-            is_row = tensor.dim() == 1 and tensor.numel() == length and tensor.is_contiguous()
-            if not is_row or tensor.dtype != dtype or not tensor.is_cpu:
-                self._refuse_tensor(index, tensor)
+        forms = [_form(tensor) for tensor in tensors]
+        if forms == self._forms:
+            return
+        if len(tensors) != len(self._forms):
+            raise PlanError(f"{len(tensors)} tensors for a plan of {len(self._forms)} segments")
+        index = next(n for n, form in enumerate(forms) if form != self._forms[n])
+        self._refuse_tensor(index, tensors[index])
 
     def _refuse_tensor(self, index: int, tensor: torch.Tensor) -> None:
         wanted = self.plan.segments[index].slice
@@ -281,39 +286,50 @@ class Codec:
             f"got {tensor.dtype} {list(tensor.shape)}"
         )
 
-    def _is_message(self, tensor: torch.Tensor) -> bool:
-        is_row = tensor.dim() == 1 and tensor.numel() == self.plan.message_bytes and tensor.is_contiguous()
-        return is_row and tensor.dtype == torch.uint8 and tensor.is_cpu
+    def _check_messages(self, messages: Sequence[torch.Tensor], contexts: Sequence[MessageContext]) -> None:
+        expected = []
+        for message, context in zip(messages, contexts, strict=True):
+            if _form(message) != self._message_form:
+                self._refuse_message(message, context.source)
+            expected.append((message.data_ptr(), *self._words_of_header(context)))
+        runs = self._runs(self.plan.payload_bytes)
+        refused = self._threads.run(check_task(), check_context(expected, runs), runs * len(messages))
+        if refused:
+            self.check_seal(messages[refused - 1], contexts[refused - 1])
 
-    def _check_message(self, message: torch.Tensor, context: MessageContext) -> None:
-        source = context.source
-        if not self._is_message(message):
-            if message.shape != (self.plan.message_bytes,) or message.dtype != torch.uint8:
-                raise WireError(
-                    f"message from source {source} is {message.dtype} {list(message.shape)}, expected uint8 "
-                    f"[{self.plan.message_bytes}]; the ranks disagree on the model or on its codebooks"
-                )
-            raise WireError(f"message from source {source} must be a contiguous CPU tensor")
-        begin = message.data_ptr()
-        checksum = self._checksum(begin, self.plan.message_bytes)
-        received = ctypes.string_at(begin, HEADER_BYTES)
-        if received != self._header_bytes(context, checksum):
-            expected = Header.expected(self._digest, context, self.plan.payload_bytes, checksum)
-            check_header(received, expected, source)
+    def _refuse_message(self, message: torch.Tensor, source: int) -> None:
+        if message.shape != (self.plan.message_bytes,) or message.dtype != torch.uint8:
+            raise WireError(
+                f"message from source {source} is {message.dtype} {list(message.shape)}, expected uint8 "
+                f"[{self.plan.message_bytes}]; the ranks disagree on the model or on its codebooks"
+            )
+        raise WireError(f"message from source {source} must be a contiguous CPU tensor")
 
-    def _header_bytes(self, context: MessageContext, checksum: int) -> bytes:
-        """Header of the message with a context, given its payload's checksum."""
+    def _words_of_header(self, context: MessageContext) -> HeaderWords:
+        """What the header of the message with a context must be."""
         key = context.phase, context.source, context.destination
         digest = self._message_digests.get(key)
         if digest is None:
-            digest = self._message_digests[key] = message_digest(self._digest, context)
-        return pack_header(digest, context.registry_version, context.counter, self.plan.payload_bytes, checksum)
+            digest = int.from_bytes(message_digest(self._digest, context), "little")
+            self._message_digests[key] = digest
+        return header_words(digest, context, self.plan.payload_bytes)
 
-    def _checksum(self, begin: int, size: int) -> int:
-        """Checksum of the payload of a message of some bytes at an address."""
-        count = min(self._threads.count, 1 + size // _SMALLEST_SUMMED_SHARE)
-        cuts = [HEADER_BYTES + (size - HEADER_BYTES) * index // count for index in range(count + 1)]
-        return fold_checksum(self._threads.run(sum_task(), sum_context(begin, cuts), count))
+    def _runs(self, payload_bytes: int) -> int:
+        """Number of runs that a payload is cut into for the threads that sum it."""
+        return min(self._threads.count, 1 + payload_bytes // _SMALLEST_SUMMED_SHARE)
+
+
+_Form = tuple[tuple[int, ...], torch.dtype, bool, bool]
+
+
+def _form(tensor: torch.Tensor) -> _Form:
+    """What is checked of a tensor: shape, dtype, whether it is on the CPU, whether it is contiguous."""
+    return tensor.shape, tensor.dtype, tensor.is_cpu, tensor.is_contiguous()
+
+
+def _contiguous(length: int, dtype: torch.dtype) -> _Form:
+    """Form of a contiguous 1-D CPU tensor."""
+    return (length,), dtype, True, True
 
 
 def have_one_rotation(contexts: Sequence[MessageContext]) -> bool:

@@ -326,12 +326,22 @@ def _rotate_tail_back(
     _apply_signs(block, 0, words)
 
 
-@_kernel
-def _write_norm(norms: npt.NDArray[np.uint8], number: int, norm_bytes: int, norm_bits: np.uint32) -> None:
-    """Write the upper norm_bytes bytes of a norm word as norm `number`."""
-    for byte in range(norm_bytes):
-        position = np.uint32(8 * (byte + 4 - norm_bytes))
-        norms[number * norm_bytes + byte] = word32.low_byte(word32.shift_right(norm_bits, position))
+@_inline
+def _write_norm(address, norm_bytes, norm_bits):  # type: ignore[no-untyped-def]  # Numba infers
+    """Write the upper norm_bytes bytes, 2 or 4, of a norm word."""
+    if norm_bytes == 2:
+        carray(word32.half_pointer(address), (1,), np.uint16)[0] = np.uint16(norm_bits >> np.uint32(16))
+    else:
+        carray(word32.word_pointer(address), (1,), np.uint32)[0] = norm_bits
+
+
+@_inline
+def _read_norm(address, norm_bytes):  # type: ignore[no-untyped-def]  # Numba infers
+    """A norm as float32 bits."""
+    if norm_bytes == 2:
+        half = np.uint32(carray(word32.half_pointer(address), (1,), np.uint16)[0])
+        return word32.shift_left(half, np.uint32(16))
+    return carray(word32.word_pointer(address), (1,), np.uint32)[0]
 
 
 @_kernel
@@ -438,16 +448,16 @@ def _table_with_cells(table: RoundingTable, shift: int) -> KernelTable | None:
 
 
 _FLOATS, _WORDS, _PARTS = types.float32[::1], types.uint32[::1], types.int64[:, ::1]
-_ADDRESSES = types.uint64[::1]
-_CODEBOOK = (types.int64, types.int64, types.boolean, types.uint32, _FLOATS, _FLOATS, _WORDS)
-_ROTATION = (types.float32, _FLOATS, _FLOATS)
-ENCODE = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, *_CODEBOOK)
-ENCODE_ROTATED = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, _WORDS, *_CODEBOOK, *_ROTATION)
-DECODE = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64, types.int64, _FLOATS)
+_ADDRESS, _ADDRESSES = types.uint64, types.uint64[::1]
+_CODEBOOK = (types.int64, types.int64, types.boolean, types.uint32, *[_ADDRESS] * 3)
+_ROTATION = (types.float32, _ADDRESS, _FLOATS)
+ENCODE = types.uint64(_ADDRESSES, _PARTS, _ADDRESS, _ADDRESS, *_CODEBOOK)
+ENCODE_ROTATED = types.uint64(_ADDRESSES, _PARTS, _ADDRESS, _ADDRESS, _WORDS, *_CODEBOOK, *_ROTATION)
+DECODE = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64, types.int64, _ADDRESS)
 DECODE_ROTATED = types.void(
-    _ADDRESSES, _ADDRESSES, _PARTS, types.float32, _WORDS, types.int64, types.int64, _FLOATS, _FLOATS
+    _ADDRESSES, _ADDRESSES, _PARTS, types.float32, _WORDS, types.int64, types.int64, _ADDRESS, _FLOATS
 )
-COPY = types.uint64(_ADDRESSES, _PARTS, types.uint64, _WORDS, types.int64)
+COPY = types.uint64(_ADDRESSES, _PARTS, _ADDRESS, types.int64)
 SUM = types.void(_ADDRESSES, _ADDRESSES, _PARTS, types.float32, types.int64)
 SUM_BYTES = types.uint64(types.uint64, types.int64, types.int64)
 
@@ -492,6 +502,63 @@ def _compiled(kernel: Any, signature: Any, name: str) -> Kernel:
     return Kernel(address, kernel)
 
 
+@_kernel
+def _clip_values(source: np.uint64, length: int, limit: np.uint32, target: np.uint64) -> None:
+    """Copy float32 values, lowering their magnitudes to a limit, given as float32 bits."""
+    given = carray(word32.float_pointer(np.uint64(source)), (length,), np.float32)
+    clipped = carray(word32.float_pointer(np.uint64(target)), (length,), np.float32)
+    for place in range(length):
+        word = word32.float_bits(given[place])
+        magnitude = word32.minimum(word32.bit_and(word, MAGNITUDE), limit)
+        clipped[place] = word32.float_from_bits(word32.bit_or(magnitude, word32.bit_and(word, SIGN)))
+
+
+@_kernel
+def _scale_values(source: np.uint64, length: int, factor: np.float32, target: np.uint64) -> None:
+    """Copy float32 values, multiplied by a factor; source and target may be the same address."""
+    given = carray(word32.float_pointer(np.uint64(source)), (length,), np.float32)
+    scaled = carray(word32.float_pointer(np.uint64(target)), (length,), np.float32)
+    for place in range(length):
+        scaled[place] = np.float32(given[place] * factor)
+
+
+# The last tile of a slice can have fewer lanes; it is worked on as a full one, in scratch memory.
+
+
+@_kernel
+def _spread_rows(source: np.uint64, count: int, tail_lanes: int, lanes: int, target: np.uint64) -> None:
+    """Copy the coordinates of a tail, row by row, to a full tile, whose other lanes become 0."""
+    given = carray(word32.float_pointer(np.uint64(source)), (count,), np.float32)
+    rows = carray(word32.float_pointer(np.uint64(target)), (ROWS, lanes), np.float32)
+    rows[:] = np.float32(0.0)
+    for row in range(ROWS):
+        for lane in range(min(tail_lanes, count - row * tail_lanes)):
+            rows[row, lane] = given[row * tail_lanes + lane]
+
+
+@_kernel
+def _join_rows(source: np.uint64, count: int, tail_lanes: int, lanes: int, is_added: bool, target: np.uint64) -> None:
+    """Copy the coordinates of a tail from a full tile, or add them to what is there."""
+    rows = carray(word32.float_pointer(np.uint64(source)), (ROWS, lanes), np.float32)
+    values = carray(word32.float_pointer(np.uint64(target)), (count,), np.float32)
+    for row in range(ROWS):
+        for lane in range(min(tail_lanes, count - row * tail_lanes)):
+            place = row * tail_lanes + lane
+            values[place] = np.float32(values[place] + rows[row, lane]) if is_added else rows[row, lane]
+
+
+@_kernel
+def _copy_planes(
+    source: np.uint64, source_lanes: int, bits: int, lanes: int, target: np.uint64, target_lanes: int
+) -> None:
+    """Copy the first lanes of a tile's planes to a tile with another number of lanes."""
+    given = _bytes_at(np.uint64(source), bits * source_lanes)
+    planes = _bytes_at(np.uint64(target), bits * target_lanes)
+    for plane in range(bits):
+        for lane in range(lanes):
+            planes[plane * target_lanes + lane] = given[plane * source_lanes + lane]
+
+
 @_inline
 def _encode_tiles(  # type: ignore[no-untyped-def]  # Numba infers
     bucket,
@@ -521,29 +588,24 @@ def _encode_tiles(  # type: ignore[no-untyped-def]  # Numba infers
 
     Where rounding is to nearest, the bucket's coordinates are replaced as in `tiles.encode_tile`, which explains most
     of the arguments. `ahead` is the address of values that will be wanted soon, as many as the bucket has, tile_bytes
-    for a tile; `coordinate` (uint64) the number of the bucket's first coordinate in the whole model; tail_values,
-    float32 [ROWS * lanes], and tail_codes, uint8 [bits * lanes], are scratch.
+    for a tile; `coordinate` (uint64) the number of the bucket's first coordinate in the whole model; tail_values, of
+    float32 [ROWS, lanes], and tail_codes, of uint8 [bits, lanes], are addresses of scratch memory. No argument is an
+    array: those of an inlined function are counted references, which cost much here.
     """
     tile = ROWS * lanes
     high_share = word32.multiply(np.uint32(coordinate >> np.uint64(32)), HIGH_WORD)
     low_place = np.uint32(coordinate & np.uint64(0xFFFFFFFF))
     full_tiles = length // tile
     rest = length - full_tiles * tile
-    tail_lanes = (rest + ROWS - 1) // ROWS
     for tile_number in range(full_tiles + (1 if rest > 0 else 0)):
-        is_tail = tile_number == full_tiles
-        source = bucket + np.uint64(4 * tile_number * tile)
+        tile_place = bucket + np.uint64(4 * tile_number * tile)
+        source = tile_place
         target = codes + np.uint64(tile_number * bits * lanes)
         row_length = lanes
-        if is_tail:
-            rows = carray(word32.float_pointer(source), (rest,), np.float32)
-            tail_values[:] = np.float32(0.0)
-            for place in range(rest):
-                row = place // tail_lanes
-                tail_values[row * lanes + place - row * tail_lanes] = rows[place]
-            row_length = tail_lanes
-            source = np.uint64(tail_values.ctypes.data)
-            target = np.uint64(tail_codes.ctypes.data)
+        if tile_number == full_tiles:
+            row_length = (rest + ROWS - 1) // ROWS
+            _spread_rows(source, rest, row_length, lanes, tail_values)
+            source, target = tail_values, tail_codes
         else:
             tiles.prefetch(ahead + np.uint64(tile_number * tile_bytes), tile_bytes)
         tiles.encode_tile(
@@ -552,8 +614,7 @@ def _encode_tiles(  # type: ignore[no-untyped-def]  # Numba infers
             word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), WEYL),
             word32.multiply(np.uint32(row_length), WEYL),
             key,
-            word32.add(key[0], high_share),
-            word32.add(key[2], high_share),
+            high_share,
             scale,
             limit,
             lines,
@@ -568,16 +629,11 @@ def _encode_tiles(  # type: ignore[no-untyped-def]  # Numba infers
             is_limited,
             is_nearest,
         )
-        if is_tail:
-            packed = _bytes_at(codes + np.uint64(tile_number * bits * lanes), bits * tail_lanes)
-            for plane in range(bits):
-                for lane in range(tail_lanes):
-                    packed[plane * tail_lanes + lane] = tail_codes[plane * lanes + lane]
+        if tile_number == full_tiles:
+            packed = codes + np.uint64(tile_number * bits * lanes)
+            _copy_planes(tail_codes, lanes, bits, row_length, packed, row_length)
             if is_nearest:
-                rows = carray(word32.float_pointer(bucket + np.uint64(4 * tile_number * tile)), (rest,), np.float32)
-                for place in range(rest):
-                    row = place // tail_lanes
-                    rows[place] = tail_values[row * lanes + place - row * tail_lanes]
+                _join_rows(tail_values, rest, row_length, lanes, False, tile_place)
 
 
 @cache
@@ -588,9 +644,9 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
         values: uint64, addresses of the message's tensors.
         parts: int64 [n, PART_FIELDS].
         message: address of the message, written where the parts lie.
-        key: uint32 [6], `DitherKey.words`.
+        key: address of uint32 [6], `DitherKey.words`.
         bucket_size, norm_bytes, is_l2, clip (float32 bits): of the codebook.
-        lines, levels, cells: of its `KernelTable`.
+        lines, levels, cells: addresses of its `KernelTable`.
 
     It returns what the written bytes add to the checksum's total (`sum_bytes`).
 
@@ -621,6 +677,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
         tail_codes = np.empty(bits * lanes, dtype=np.uint8)
         sums = np.empty(L2_LANES, dtype=np.float32)
         scratch_address = np.uint64(scratch.ctypes.data)
+        tail_address, tail_codes_address = np.uint64(tail_values.ctypes.data), np.uint64(tail_codes.ctypes.data)
         bucket_bytes = np.int64(bucket_size // ROWS * bits)
         # Of several buckets at once, so that the processor need not wait for each before it quantizes it.
         group = max(1, _AHEAD // bucket_size)
@@ -631,7 +688,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
             part = parts[index]
             tensor = values[part[SEGMENT]] + np.uint64(item_bytes * part[FIRST])
             buckets = (part[LENGTH] + bucket_size - 1) // bucket_size
-            norms = _bytes_at(message + np.uint64(part[NORMS_BEGIN]), buckets * norm_bytes)
+            norms = message + np.uint64(part[NORMS_BEGIN])
             summed = part[CODES_BEGIN]
             for number in range(buckets):
                 begin = number * bucket_size
@@ -661,88 +718,51 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                     norm_bits = _l2_norm(bucket, length, norm_bits, sums)
                 if norm_bytes == 2:
                     norm_bits = _round_up_to_bfloat16(norm_bits)
-                _write_norm(norms, number, norm_bytes, norm_bits)
+                _write_norm(norms + np.uint64(number * norm_bytes), norm_bytes, norm_bits)
                 codes = message + np.uint64(codes_begin)
                 if norm_bits == np.uint32(0) or norm_bits >= INFINITY:
                     _bytes_at(codes, codes_end - codes_begin)[:] = np.uint8(0)
                 else:
                     norm = word32.float_from_bits(norm_bits)
-                    given_values = carray(word32.float_pointer(bucket), (length,), np.float32)
                     if clip > 0 and largest > norm_bits:
-                        for place in range(length):
-                            word = word32.float_bits(given_values[place])
-                            clipped = word32.minimum(word32.bit_and(word, MAGNITUDE), norm_bits)
-                            clipped = word32.bit_or(clipped, word32.bit_and(word, SIGN))
-                            scratch[place] = word32.float_from_bits(clipped)
+                        _clip_values(bucket, length, norm_bits, scratch_address)
                         bucket = scratch_address
-                        given_values = scratch[:length]
                     if norm < TINY_NORM:
-                        for place in range(length):
-                            scratch[place] = np.float32(given_values[place] * TINY_SCALE)
+                        _scale_values(bucket, length, TINY_SCALE, scratch_address)
                         bucket = scratch_address
                         norm = np.float32(norm * TINY_SCALE)
-                    scale = np.float32((uniform_scale if is_uniform else np.float32(1.0)) / norm)
-                    coordinate = np.uint64(part[COORDINATE]) + np.uint64(begin)
-                    high_place = np.uint32(coordinate >> np.uint64(32))
-                    low_place = np.uint32(coordinate & np.uint64(0xFFFFFFFF))
-                    high_share = word32.multiply(high_place, HIGH_WORD)
-                    # The loop of `_encode_tiles`, written out: arrays as arguments of an inlined function are counted
-                    # references, which slowed this loop by about 40 % in cache.
-                    full_tiles = length // tile
-                    rest = length - full_tiles * tile
-                    tail_lanes = (rest + ROWS - 1) // ROWS
-                    for tile_number in range(full_tiles + (1 if rest > 0 else 0)):
-                        is_tail = tile_number == full_tiles
-                        source = bucket + np.uint64(4 * tile_number * tile)
-                        target = codes + np.uint64(tile_number * bits * lanes)
-                        row_length = lanes
-                        if is_tail:
-                            rows = carray(word32.float_pointer(source), (rest,), np.float32)
-                            tail_values[:] = np.float32(0.0)
-                            for place in range(rest):
-                                row = place // tail_lanes
-                                tail_values[row * lanes + place - row * tail_lanes] = rows[place]
-                            row_length = tail_lanes
-                            source = np.uint64(tail_values.ctypes.data)
-                            target = np.uint64(tail_codes.ctypes.data)
-                        else:
-                            tiles.prefetch(given + np.uint64(tile_number * tile_bytes) + bytes_ahead, tile_bytes)
-                        weyl = word32.multiply(word32.add(low_place, np.uint32(tile_number * tile)), WEYL)
-                        row_weyl = word32.multiply(np.uint32(row_length), WEYL)
-                        tiles.encode_tile(
-                            source,
-                            target,
-                            weyl,
-                            row_weyl,
-                            key,
-                            word32.add(key[0], high_share),
-                            word32.add(key[2], high_share),
-                            scale,
-                            norm,
-                            lines,
-                            levels,
-                            cells,
-                            levels,
-                            bits,
-                            lanes,
-                            shift,
-                            number_of_method,
-                            has_strata,
-                            0,
-                            0,
-                        )
-                        if is_tail:
-                            packed = _bytes_at(codes + np.uint64(tile_number * bits * lanes), bits * tail_lanes)
-                            for plane in range(bits):
-                                for lane in range(tail_lanes):
-                                    packed[plane * tail_lanes + lane] = tail_codes[plane * lanes + lane]
+                    _encode_tiles(
+                        bucket,
+                        length,
+                        codes,
+                        given + bytes_ahead,
+                        np.uint64(part[COORDINATE]) + np.uint64(begin),
+                        key,
+                        np.float32((uniform_scale if is_uniform else np.float32(1.0)) / norm),
+                        norm,
+                        lines,
+                        levels,
+                        cells,
+                        levels,
+                        tail_address,
+                        tail_codes_address,
+                        bits,
+                        lanes,
+                        tile_bytes,
+                        shift,
+                        number_of_method,
+                        has_strata,
+                        0,
+                        0,
+                    )
                 if (number + 1) % _CHUNK == 0:
                     total += sum_bytes(message, summed, codes_end)
                     summed = codes_end
             padding = _bytes_at(message + np.uint64(part[CODES_END]), part[END] - part[CODES_END])
             padding[:] = np.uint8(0)
             total += sum_bytes(message, summed, part[CODES_END])
-            total += sum_bytes(message, part[NORMS_BEGIN], part[NORMS_BEGIN] + norms.size)
+            total += sum_bytes(message, part[NORMS_BEGIN], part[NORMS_BEGIN] + buckets * norm_bytes)
+        tiles.keep((scratch, tail_values, tail_codes))
         return total
 
     return _compiled(encode, ENCODE, f"encodes {bits} bits ({method})")
@@ -750,38 +770,21 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
 
 @_inline
 def _sum_bucket(  # type: ignore[no-untyped-def]  # Numba infers
-    messages,
-    norm_begin,
-    codes_begin,
-    bucket,
-    length,
-    norm_bytes,
-    levels,
-    tail_values,
-    tail_codes,
-    bits,
-    lanes,
+    messages, norm_begin, codes_begin, bucket, length, norm_bytes, levels, tail_values, tail_codes, bits, lanes
 ):
     """Sum one bucket of all messages; returns whether all its norms are finite, and else leaves the sum unfinished.
 
     The sum, `length` float32, is written to the address `bucket`. norm_begin and codes_begin are the first bytes of the
-    norm word and of the codes, counted from a message's start. tail_values, float32 [ROWS * lanes], and tail_codes,
-    uint8 [bits * lanes], are scratch.
+    norm word and of the codes, counted from a message's start. tail_values, of float32 [ROWS, lanes], and tail_codes,
+    of uint8 [bits, lanes], are addresses of scratch memory.
     """
     tile = ROWS * lanes
     full_tiles = length // tile
     rest = length - full_tiles * tile
-    tail_lanes = (rest + ROWS - 1) // ROWS
-    is_finite = True
     for source in range(messages.size):
-        word_bytes = _bytes_at(messages[source] + np.uint64(norm_begin), norm_bytes)
-        norm_bits = np.uint32(0)
-        for byte in range(norm_bytes):
-            position = np.uint32(8 * (byte + 4 - norm_bytes))
-            norm_bits = word32.bit_or(norm_bits, word32.shift_left(np.uint32(word_bytes[byte]), position))
+        norm_bits = _read_norm(messages[source] + np.uint64(norm_begin), norm_bytes)
         if norm_bits >= INFINITY:
-            is_finite = False
-            break
+            return False
         norm = word32.float_from_bits(norm_bits)
         codes = messages[source] + np.uint64(codes_begin)
         for tile_number in range(full_tiles):
@@ -792,18 +795,13 @@ def _sum_bucket(  # type: ignore[no-untyped-def]  # Numba infers
             else:
                 tiles.decode_tile(place, target, norm, levels, bits, lanes, 0)
         if rest > 0:
-            packed = _bytes_at(codes + np.uint64(full_tiles * bits * lanes), bits * tail_lanes)
-            for plane in range(bits):
-                for lane in range(tail_lanes):
-                    tail_codes[plane * lanes + lane] = packed[plane * tail_lanes + lane]
-            target = np.uint64(tail_values.ctypes.data)
-            tiles.decode_tile(np.uint64(tail_codes.ctypes.data), target, norm, levels, bits, lanes, 1)
-            tail = carray(word32.float_pointer(bucket + np.uint64(4 * full_tiles * tile)), (rest,), np.float32)
-            for place in range(rest):
-                row = place // tail_lanes
-                value = tail_values[row * lanes + place - row * tail_lanes]
-                tail[place] = value if source == 0 else np.float32(tail[place] + value)
-    return is_finite
+            tail_lanes = (rest + ROWS - 1) // ROWS
+            place = codes + np.uint64(full_tiles * bits * lanes)
+            _copy_planes(place, tail_lanes, bits, tail_lanes, tail_codes, lanes)
+            tiles.decode_tile(tail_codes, tail_values, norm, levels, bits, lanes, 1)
+            target = bucket + np.uint64(4 * full_tiles * tile)
+            _join_rows(tail_values, rest, tail_lanes, lanes, source > 0, target)
+    return True
 
 
 @cache
@@ -816,7 +814,7 @@ def decoder(bits: int, lanes: int, kind: int) -> Kernel:
         parts: int64 [n, PART_FIELDS].
         scale: float32, factor of the sum.
         bucket_size, norm_bytes: of the codebook.
-        levels: float32 [2^bits], `reference.signed_levels`.
+        levels: address of float32 [2^bits], `reference.signed_levels`.
 
     Args:
         bits: code width.
@@ -833,6 +831,7 @@ def decoder(bits: int, lanes: int, kind: int) -> Kernel:
         scratch = np.empty(bucket_size, dtype=np.float32)
         tail_values = np.empty(tile, dtype=np.float32)
         tail_codes = np.empty(bits * lanes, dtype=np.uint8)
+        tail_address, tail_codes_address = np.uint64(tail_values.ctypes.data), np.uint64(tail_codes.ctypes.data)
         bucket_bytes = np.int64(bucket_size // ROWS * bits)
         for index in range(parts.shape[0]):
             part = parts[index]
@@ -845,42 +844,19 @@ def decoder(bits: int, lanes: int, kind: int) -> Kernel:
                 if kind == FLOAT32:
                     bucket = tensor + np.uint64(4 * begin)
                 sums = carray(word32.float_pointer(bucket), (length,), np.float32)
-                is_finite = True
-                for source in range(messages.size):
-                    word_bytes = _bytes_at(
-                        messages[source] + np.uint64(part[NORMS_BEGIN] + number * norm_bytes), norm_bytes
-                    )
-                    norm_bits = np.uint32(0)
-                    for byte in range(norm_bytes):
-                        position = np.uint32(8 * (byte + 4 - norm_bytes))
-                        norm_bits = word32.bit_or(norm_bits, word32.shift_left(np.uint32(word_bytes[byte]), position))
-                    if norm_bits >= INFINITY:
-                        is_finite = False
-                        break
-                    norm = word32.float_from_bits(norm_bits)
-                    codes = messages[source] + np.uint64(part[CODES_BEGIN] + number * bucket_bytes)
-                    full_tiles = length // tile
-                    for tile_number in range(full_tiles):
-                        place = codes + np.uint64(tile_number * bits * lanes)
-                        target = bucket + np.uint64(4 * tile_number * tile)
-                        if source == 0:
-                            tiles.decode_tile(place, target, norm, levels, bits, lanes, 1)
-                        else:
-                            tiles.decode_tile(place, target, norm, levels, bits, lanes, 0)
-                    rest = length - full_tiles * tile
-                    if rest > 0:
-                        tail_lanes = (rest + ROWS - 1) // ROWS
-                        packed = _bytes_at(codes + np.uint64(full_tiles * bits * lanes), bits * tail_lanes)
-                        for plane in range(bits):
-                            for lane in range(tail_lanes):
-                                tail_codes[plane * lanes + lane] = packed[plane * tail_lanes + lane]
-                        target = np.uint64(tail_values.ctypes.data)
-                        tiles.decode_tile(np.uint64(tail_codes.ctypes.data), target, norm, levels, bits, lanes, 1)
-                        tail = sums[full_tiles * tile :]
-                        for place in range(rest):
-                            row = place // tail_lanes
-                            value = tail_values[row * lanes + place - row * tail_lanes]
-                            tail[place] = value if source == 0 else np.float32(tail[place] + value)
+                is_finite = _sum_bucket(
+                    messages,
+                    part[NORMS_BEGIN] + number * norm_bytes,
+                    part[CODES_BEGIN] + number * bucket_bytes,
+                    bucket,
+                    length,
+                    norm_bytes,
+                    levels,
+                    tail_address,
+                    tail_codes_address,
+                    bits,
+                    lanes,
+                )
                 if is_finite:
                     for place in range(length):
                         sums[place] = np.float32(sums[place] * scale)
@@ -889,6 +865,7 @@ def decoder(bits: int, lanes: int, kind: int) -> Kernel:
                 if kind != FLOAT32:
                     halves = carray(word32.half_pointer(tensor + np.uint64(2 * begin)), (length,), np.uint16)
                     round_values(sums, kind, halves)
+        tiles.keep((scratch, tail_values, tail_codes))
 
     return _compiled(decode, DECODE, f"decodes {bits} bits")
 
@@ -901,7 +878,7 @@ def rotated_encoder(
 
     The kernel takes an `encoder`'s arguments, with the `RotationKey.words` behind the key, and in the end:
         spread: float32, of the codebook.
-        magnitudes: float32 [2^(bits-1)], its levels.
+        magnitudes: address of float32 [2^(bits-1)], its levels.
         roots: ROOTS.
 
     Args:
@@ -949,6 +926,7 @@ def rotated_encoder(
         sums = np.empty(L2_LANES, dtype=np.float32)
         words = np.empty(SIGN_LANES, dtype=np.uint32)
         bucket = np.uint64(scratch.ctypes.data)
+        tail_address, tail_codes_address = np.uint64(tail_values.ctypes.data), np.uint64(tail_codes.ctypes.data)
         bucket_bytes = np.int64(bucket_size // ROWS * bits)
         root = roots[_block_size(bucket_size)]
         total = np.uint64(0)
@@ -956,7 +934,7 @@ def rotated_encoder(
             part = parts[index]
             tensor = values[part[SEGMENT]] + np.uint64(item_bytes * part[FIRST])
             buckets = (part[LENGTH] + bucket_size - 1) // bucket_size
-            norms = _bytes_at(message + np.uint64(part[NORMS_BEGIN]), buckets * norm_bytes)
+            norms = message + np.uint64(part[NORMS_BEGIN])
             summed = part[CODES_BEGIN]
             for number in range(buckets):
                 begin = number * bucket_size
@@ -985,9 +963,7 @@ def rotated_encoder(
                     if length == bucket_size:
                         tiles.rotate(source, bucket, up, weyl, first, rotation[1], root, whole)
                     else:
-                        given_values = carray(word32.float_pointer(source), (length,), np.float32)
-                        for place in range(length):
-                            scratch[place] = np.float32(given_values[place] * up)
+                        _scale_values(source, length, up, bucket)
                         _rotate_tail(scratch[:length], weyl, first, rotation[1], roots, words)
                     if is_nearest:
                         power = _sum_of_squares(bucket, length, np.float32(1.0), sums)
@@ -1018,8 +994,8 @@ def rotated_encoder(
                         levels,
                         cells,
                         magnitudes,
-                        tail_values,
-                        tail_codes,
+                        tail_address,
+                        tail_codes_address,
                         bits,
                         lanes,
                         tile_bytes,
@@ -1036,14 +1012,15 @@ def rotated_encoder(
                             norm_bits = _round_to_bfloat16(norm_bits)
                 else:
                     _bytes_at(codes, codes_end - codes_begin)[:] = np.uint8(0)
-                _write_norm(norms, number, norm_bytes, norm_bits)
+                _write_norm(norms + np.uint64(number * norm_bytes), norm_bytes, norm_bits)
                 if (number + 1) % _CHUNK == 0:
                     total += sum_bytes(message, summed, codes_end)
                     summed = codes_end
             padding = _bytes_at(message + np.uint64(part[CODES_END]), part[END] - part[CODES_END])
             padding[:] = np.uint8(0)
             total += sum_bytes(message, summed, part[CODES_END])
-            total += sum_bytes(message, part[NORMS_BEGIN], part[NORMS_BEGIN] + norms.size)
+            total += sum_bytes(message, part[NORMS_BEGIN], part[NORMS_BEGIN] + buckets * norm_bytes)
+        tiles.keep((scratch, tail_values, tail_codes))
         return total
 
     return _compiled(encode, ENCODE_ROTATED, f"rotates and encodes {bits} bits ({method})")
@@ -1074,6 +1051,7 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Kernel:
         tail_values = np.empty(ROWS * lanes, dtype=np.float32)
         tail_codes = np.empty(bits * lanes, dtype=np.uint8)
         words = np.empty(SIGN_LANES, dtype=np.uint32)
+        tail_address, tail_codes_address = np.uint64(tail_values.ctypes.data), np.uint64(tail_codes.ctypes.data)
         bucket_bytes = np.int64(bucket_size // ROWS * bits)
         root = roots[_block_size(bucket_size)]
         for index in range(parts.shape[0]):
@@ -1095,8 +1073,8 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Kernel:
                     length,
                     norm_bytes,
                     levels,
-                    tail_values,
-                    tail_codes,
+                    tail_address,
+                    tail_codes_address,
                     bits,
                     lanes,
                 )
@@ -1117,12 +1095,13 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Kernel:
                 if kind != FLOAT32:
                     halves = carray(word32.half_pointer(tensor + np.uint64(2 * begin)), (length,), np.uint16)
                     round_values(sums, kind, halves)
+        tiles.keep((scratch, tail_values, tail_codes))
 
     return _compiled(decode, DECODE_ROTATED, f"decodes {bits} bits and rotates back")
 
 
 @_kernel
-def _copy_exact(values, parts, message, key, item_bytes):  # type: ignore[no-untyped-def]  # Numba infers
+def _copy_exact(values, parts, message, item_bytes):  # type: ignore[no-untyped-def]  # Numba infers
     total = np.uint64(0)
     for index in range(parts.shape[0]):
         part = parts[index]
@@ -1179,7 +1158,7 @@ def _sum_exact(messages, results, parts, scale, kind):  # type: ignore[no-untype
 def exact_encoder() -> Kernel:
     """Kernel that copies parts whose values travel raw.
 
-    It takes the first four arguments of an `encoder`'s kernel, and item_bytes: the bytes of one value.
+    It takes the first three arguments of an `encoder`'s kernel, and item_bytes: the bytes of one value.
     """
     return _compiled(_copy_exact, COPY, "copies exact values")
 

@@ -49,7 +49,6 @@ from qoda_kernels.kernel_constants import (
     NAN,
     OF_ZEROS,
     ROUNDING_BITS,
-    ROUNDING_CONSTANT,
     TINY_NORM,
     TINY_SCALE,
     WEYL,
@@ -493,7 +492,10 @@ def _on_own_line(table, levels, steps, x):
 
 @_device
 def _positions(method, table, rounding, steps, x):
-    """Positions of eight normalised magnitudes on the scale of level indices, times 2^F (`reference.fixed_point`)."""
+    """Positions of eight normalised magnitudes on the scale of level indices, times 2^F (`reference.fixed_point`).
+
+    With uniform levels x are magnitudes, which `_level` multiplies.
+    """
     if method == _UNIFORM:
         return x
     if method == _MINIMUM:
@@ -523,19 +525,23 @@ def _signs(a, b, c, d, bits):
 
 
 @_device
-def _level(position, random, fraction, steps):
-    """Index of the level of one coordinate, given 16 random bits."""
-    fixed = word32.subtract(word32.float_bits(libdevice.fadd_rn(position, ROUNDING_CONSTANT)), ROUNDING_BITS)
-    dithered = word32.add(fixed, word32.shift_right(random, word32.subtract(np.uint32(16), fraction)))
+def _level(position, factor, random, fraction, steps):
+    """Index of the level of one coordinate: its position is multiplied by a factor, and 16 random bits are added.
+
+    The bits of 1.5 * 2^23 plus the random number are those of their sum, which has the ulp 1.
+    """
+    start = word32.add(ROUNDING_BITS, word32.shift_right(random, word32.subtract(np.uint32(16), fraction)))
+    total = word32.fused_multiply_add(position, factor, word32.float_from_bits(start))
+    dithered = word32.subtract(word32.float_bits(total), ROUNDING_BITS)
     return word32.minimum(word32.shift_right(dithered, fraction), steps)
 
 
 @_device
-def _add_levels(low, high, row, upper, lower, random, bits, fraction, steps):
+def _add_levels(low, high, row, upper, lower, factor, random, bits, fraction, steps):
     """Levels of rows `row` and `row + 4` added to the words of rows 0-3 and 4-7."""
     shift = word32.multiply(np.uint32(row), bits)
-    upper_level = _level(upper, word32.bit_and(random, LOW_HALF), fraction, steps)
-    lower_level = _level(lower, word32.shift_right(random, np.uint32(16)), fraction, steps)
+    upper_level = _level(upper, factor, word32.bit_and(random, LOW_HALF), fraction, steps)
+    lower_level = _level(lower, factor, word32.shift_right(random, np.uint32(16)), fraction, steps)
     low = word32.bit_or(low, word32.shift_left(upper_level, shift))
     return low, word32.bit_or(high, word32.shift_left(lower_level, shift))
 
@@ -969,10 +975,11 @@ def _encode_bucket(values, kind, segment, message, number, table, key, rotation)
     is_tiny = not rotates and norm < TINY_NORM
     if is_tiny:
         norm = libdevice.fmul_rn(norm, TINY_SCALE)
-    numerator = np.float32(1.0)
+    factor = np.float32(1.0)
+    multiplier = libdevice.fdiv_rn(np.float32(1.0), norm)
     if method == _UNIFORM:
-        numerator = np.float32(np.int32(word32.shift_left(steps, fraction)))
-    multiplier = libdevice.fdiv_rn(numerator, norm)
+        factor = libdevice.fdiv_rn(np.float32(np.int32(word32.shift_left(steps, fraction))), norm)
+        multiplier = np.float32(1.0)
     high_place = np.uint32(place >> np.uint64(32))
     key_first, key_second, common_first, common_second, position, strata = key
     random_bits = np.uint32(0xFFFFFFFF)
@@ -1014,22 +1021,22 @@ def _encode_bucket(values, kind, segment, message, number, table, key, rotation)
             random = word32.bit_and(_hash(weyl, key_first, key_second), random_bits)
             if strata > np.uint32(1):
                 random = _stratified(random, common[0], 0, low, high, bits, position, strata, inverse)
-            low, high = _add_levels(low, high, 0, y[0], y[4], random, bits, fraction, steps)
+            low, high = _add_levels(low, high, 0, y[0], y[4], factor, random, bits, fraction, steps)
             weyl = word32.add(weyl, row_weyl)
             random = word32.bit_and(_hash(weyl, key_first, key_second), random_bits)
             if strata > np.uint32(1):
                 random = _stratified(random, common[1], 1, low, high, bits, position, strata, inverse)
-            low, high = _add_levels(low, high, 1, y[1], y[5], random, bits, fraction, steps)
+            low, high = _add_levels(low, high, 1, y[1], y[5], factor, random, bits, fraction, steps)
             weyl = word32.add(weyl, row_weyl)
             random = word32.bit_and(_hash(weyl, key_first, key_second), random_bits)
             if strata > np.uint32(1):
                 random = _stratified(random, common[0], 2, low, high, bits, position, strata, inverse)
-            low, high = _add_levels(low, high, 2, y[2], y[6], random, bits, fraction, steps)
+            low, high = _add_levels(low, high, 2, y[2], y[6], factor, random, bits, fraction, steps)
             weyl = word32.add(weyl, row_weyl)
             random = word32.bit_and(_hash(weyl, key_first, key_second), random_bits)
             if strata > np.uint32(1):
                 random = _stratified(random, common[1], 3, low, high, bits, position, strata, inverse)
-            low, high = _add_levels(low, high, 3, y[3], y[7], random, bits, fraction, steps)
+            low, high = _add_levels(low, high, 3, y[3], y[7], factor, random, bits, fraction, steps)
 
             if spread > np.float32(0.0):
                 magnitudes = memory.load_word(segment + _MAGNITUDES)
@@ -1625,3 +1632,5 @@ SIGNATURES = {
     ),
     "gather_statistics": (gather_statistics, types.void(_ADDRESS, _ADDRESS, _ADDRESS, _WORD)),
 }
+# Threads of a block, and blocks that a multiprocessor must have registers for; without it ptxas spends more on these.
+LAUNCH_BOUNDS = {"encode_stratified": (THREADS, 3), "encode_rotated": (THREADS, 2)}

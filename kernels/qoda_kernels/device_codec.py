@@ -124,7 +124,7 @@ def _compiled(name: str, device_index: int) -> Any:
     begin = time.perf_counter()
     function, signature = kernels.SIGNATURES[name]
     _LOG.info("compiling CUDA kernel %s for device %d (once; kept on disk)", name, device_index)
-    kernel = numba_cuda.jit(signature, cache=True)(function)
+    kernel = numba_cuda.jit(signature, cache=True, launch_bounds=kernels.LAUNCH_BOUNDS.get(name))(function)
     _LOG.info("CUDA kernel %s is ready after %.1f s", name, time.perf_counter() - begin)
     return kernel
 

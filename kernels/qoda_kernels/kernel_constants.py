@@ -14,8 +14,7 @@ INFINITY, NAN, LARGEST = np.uint32(INFINITY_BITS), np.uint32(NAN_BITS), np.uint3
 HALF_NAN = np.uint32(0x7E00)  # of float16
 LOW_HALF, HIGH_HALF = np.uint32(0x0000FFFF), np.uint32(0xFFFF0000)
 
-# x + the constant has the ulp 1, so its low bits are rint(x).
-ROUNDING_CONSTANT, ROUNDING_BITS = np.float32(1.5 * 2.0**23), np.uint32(0x4B400000)
+ROUNDING_BITS = np.uint32(0x4B400000)  # of 1.5 * 2^23: x + it has the ulp 1, so the low bits are rint(x)
 
 WEYL, HIGH_WORD = np.uint32(WEYL_MULTIPLIER), np.uint32(HIGH_WORD_MULTIPLIER)
 TINY_NORM, TINY_SCALE = np.float32(_TINY_NORM), np.float32(_TINY_SCALE)

@@ -6,9 +6,10 @@ Read in this order: `bucket_norm`, `rounding_table`, `fixed_point`, `quantize`, 
 Quantizing coordinate v of a bucket with norm N and levels l_0 .. l_s (s = 2^(bits-1) - 1), arXiv 2505.14371 section 3:
 let u = |v| / N lie between l_i and l_{i+1}; the position of u on the scale of level indices is
 y = i + (u - l_i) / (l_{i+1} - l_i). The sent index is floor(y + r) with r uniform in [0, 1), so E[index] = y and
-E[N * sign(v) * l_index] = v. Here y is rounded to nearest in fixed point with F = min(16, 21 - bits) fraction bits
-before r, an F-bit random number, is added; 20 bits in all, four fewer than float32 has, so that the rounding errors of
-the normalisation never move a coordinate off a level on which it lies. The mean is thus exact to 2^-(F+1) of a gap.
+E[N * sign(v) * l_index] = v. Here r is a random number of F = min(16, 21 - bits) bits, and y + r is rounded to nearest
+in fixed point with as many fraction bits, once, before its floor is taken: 20 bits in all, four fewer than float32 has,
+so that the rounding errors of the normalisation never move a coordinate off a level on which it lies. The mean is thus
+exact to 2^-(F+1) of a gap.
 """
 
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ TINY_NORM = np.float32(2.0**-100)  # below it, 2^F * s / norm could overflow: th
 TINY_SCALE = np.float32(2.0**100)
 _LARGEST = np.finfo(np.float32).max
 L2_LANES = 32
+_ROUNDING_CONSTANT = np.float32(1.5 * 2.0**23)
 
 
 def fraction_bits(bits: int) -> int:
@@ -151,21 +153,27 @@ def rounding_table(codebook: Codebook) -> RoundingTable:
     return RoundingTable(method, slopes, intercepts, levels)
 
 
-def fixed_point(bucket: Float32Array, norm: np.float32, table: RoundingTable, bits: int) -> npt.NDArray[np.int32]:
-    """Positions of the coordinates of one bucket on the scale of level indices, times 2^F, rounded to nearest even.
+def fixed_point(
+    bucket: Float32Array, norm: np.float32, table: RoundingTable, bits: int, random: UInt32Array
+) -> UInt32Array:
+    """Positions of the coordinates of one bucket on the scale of level indices, times 2^F, plus random numbers.
+
+    The sum is rounded once, to nearest even: added to 1.5 * 2^23, it has the ulp 1.
 
     Args:
         bucket: float32 [n], finite.
         norm: as the receiver reads it; positive.
         table: of the codebook.
         bits: code width.
+        random: uint32 [n], of F bits.
     """
+    start = _ROUNDING_CONSTANT + random.astype(np.float32)
     magnitudes = np.abs(bucket)
     if norm < TINY_NORM:
         magnitudes, norm = magnitudes * TINY_SCALE, norm * TINY_SCALE
     if table.method == "uniform":
         scale = np.float32((table.levels.size - 1) << fraction_bits(bits)) / norm
-        return np.rint(magnitudes * scale).astype(np.int32)
+        return _whole_part(fused_multiply_add(magnitudes, np.full_like(magnitudes, scale), start))
     normalised = magnitudes * (np.float32(1.0) / norm)
     if table.method == "minimum":
         position = np.full_like(normalised, np.inf)
@@ -174,7 +182,12 @@ def fixed_point(bucket: Float32Array, norm: np.float32, table: RoundingTable, bi
     else:
         index = np.searchsorted(table.levels[1:-1], normalised, side="right")
         position = fused_multiply_add(table.slopes[index], normalised, table.intercepts[index])
-    return np.rint(position).astype(np.int32)
+    return _whole_part(position + start)
+
+
+def _whole_part(total: Float32Array) -> UInt32Array:
+    """What has been added to the rounding constant, rounded."""
+    return (total - _ROUNDING_CONSTANT).astype(np.uint32)
 
 
 def tile_shape(length: int, lanes: int) -> list[tuple[int, int, int]]:
@@ -241,9 +254,8 @@ def quantize(
             continue
         if codebook.clip:
             bucket = np.clip(bucket, -norm, norm)
-        position = fixed_point(bucket, norm, table, codebook.bits)
         random = dither(bucket.size, codebook.format.lanes, coordinate + part.start, key)
-        codes[part] = _codes(bucket, position, random, codebook, key.strata > 1)
+        codes[part] = _codes(bucket, norm, table, codebook, random, key.strata > 1)
     return norms, codes
 
 
@@ -282,8 +294,8 @@ def quantize_rotated(
             power = tree_sum(bucket * bucket)
             norm = np.sqrt(power / np.float32(given.size)) * np.float32(codebook.spread)
             random = np.zeros(given.size, dtype=np.uint32)
-        position = fixed_point(np.clip(bucket, -norm, norm), norm, table, codebook.bits)
-        codes[part] = _codes(bucket, position, random, codebook, key.strata > 1 and codebook.rounding == "stochastic")
+        is_stratified = key.strata > 1 and codebook.rounding == "stochastic"
+        codes[part] = _codes(np.clip(bucket, -norm, norm), norm, table, codebook, random, is_stratified)
         if codebook.rounding == "nearest":
             rounded = levels[codes[part] & np.uint8(levels.size - 1)]
             with np.errstate(divide="ignore"):
@@ -293,15 +305,20 @@ def quantize_rotated(
 
 
 def _codes(
-    bucket: Float32Array, position: npt.NDArray[np.int32], random: UInt32Array, codebook: Codebook, is_stratified: bool
+    bucket: Float32Array,
+    norm: np.float32,
+    table: RoundingTable,
+    codebook: Codebook,
+    random: UInt32Array,
+    is_stratified: bool,
 ) -> ByteArray:
-    """Code words of one bucket from its fixed-point positions and 16 random bits for each coordinate."""
+    """Code words of one bucket, given 16 random bits for each coordinate."""
     shift = fraction_bits(codebook.bits)
     sign = bucket.view(np.uint32) >> np.uint32(31)
     if is_stratified:
         random = np.where(sign == 1, np.uint32(0xFFFF) - random, random)
-    raised = position + (random >> np.uint32(16 - shift)).astype(np.int32)
-    level = np.minimum(raised >> shift, len(codebook.levels) - 1).astype(np.uint32)
+    raised = fixed_point(bucket, norm, table, codebook.bits, random >> np.uint32(16 - shift))
+    level = np.minimum(raised >> np.uint32(shift), np.uint32(len(codebook.levels) - 1))
     return (level | sign << np.uint32(codebook.bits - 1)).astype(np.uint8)
 
 

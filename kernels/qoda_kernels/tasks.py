@@ -5,51 +5,56 @@ changes with every call is its context, words of 64 bits: the message, the rando
 address, so that threads that never enter Python can run it.
 """
 
+import itertools
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import carray, njit, types
-from numba.core import cgutils
-from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 from qoda_kernels import cpu, word32
-from qoda_kernels.worker_threads import Task, compiled_task
+from qoda_kernels.layout import HEADER_BYTES
+from qoda_kernels.wire import CHECKSUM_OF_ZEROS, HeaderWords
+from qoda_kernels.worker_threads import Task, calls, compiled_task
 
 Words = npt.NDArray[np.uint64]
 
 # Kinds of tasks; each has one signature of kernels.
 PLAIN, ROTATED, EXACT = range(3)
 
-# Fields of a task, uint64 each; arrays as address and number of elements.
+# Fields of a task, uint64 each; arrays by their addresses.
 _KIND = 0
 _KERNEL = 1  # address
 _PARTS, _PART_COUNT = 2, 3
 _SCALARS = 4  # bucket_size, norm_bytes, is_l2, clip; or the one number of a kernel for exact values
-_LINES, _LINE_COUNT = 8, 9
-_LEVELS, _LEVEL_COUNT = 10, 11
-_CELLS = 12  # of 2 elements
-_SPREAD = 13  # float32 bits
-_MAGNITUDES, _MAGNITUDE_COUNT = 14, 15
-_ROOTS = 16  # of cpu.ROOTS
-_TASK_WORDS = 17
+_LINES, _LEVELS, _CELLS = 8, 9, 10
+_SPREAD = 11  # float32 bits
+_MAGNITUDES = 12
+_ROOTS = 13  # of cpu.ROOTS
+_TASK_WORDS = 14
 
-# Fields of a context, uint64 each.
+# Fields of a context that encodes or decodes, uint64 each.
 _TABLE = 0  # address of the tasks
 _MESSAGE = 1  # address of the message to encode
 _SCALE = 2  # of the sum of decoded messages, float32 bits
 _KEY = 3  # uint32 [6]
 _ROTATION = 6  # uint32 [2]
-_SOURCE_COUNT = 7
-_SOURCES = 8  # addresses of the tensors to encode or of the messages to decode; then those of the tensors to write
+_HEADER = 7  # `wire.HeaderWords` of the encoded message
+_SOURCE_COUNT = 11
+_SOURCES = 12  # addresses of the tensors to encode or of the messages to decode; then those of the tensors to write
+
+# Fields of a context that sums and checks messages, likewise.
+_SUMMER = 0  # address of `cpu.byte_summer`
+_RUNS = 1  # that each message is cut into
+_MESSAGES = 2  # address and `wire.HeaderWords` of each
+_MESSAGE_WORDS = 5
 
 _BYTES = 8  # of a word
-_NO_KEY = (0, 0, 0)
+_NO_KEY, _NO_HEADER = (0, 0, 0), (0, 0, 0, 0)
 _kernel = njit(nogil=True, error_model="numpy", cache=True)
 _inline = njit(inline="always", nogil=True, error_model="numpy")
 
@@ -102,34 +107,46 @@ class TaskRow:
         words[_PARTS], words[_PART_COUNT] = self.parts.ctypes.data, len(self.parts)
         words[_SCALARS : _SCALARS + len(self.scalars)] = [int(scalar) for scalar in self.scalars]
         words[_SPREAD] = float32_bits(self.spread)
-        for place, array in ((_LINES, self.lines), (_LEVELS, self.levels), (_MAGNITUDES, self.magnitudes)):
-            if array is not None:
-                words[place : place + 2] = array.ctypes.data, array.size
         words[_ROOTS] = cpu.ROOTS.ctypes.data
-        if self.cells is not None:
-            words[_CELLS] = self.cells.ctypes.data
+        tables = ((_LINES, self.lines), (_LEVELS, self.levels), (_CELLS, self.cells), (_MAGNITUDES, self.magnitudes))
+        for place, array in tables:
+            if array is not None:
+                words[place] = array.ctypes.data
         return words
 
 
+@cache
+def _packer(count: int) -> Callable[..., bytes]:
+    """Function that packs so many words."""
+    return struct.Struct(f"={count}Q").pack
+
+
 def encode_context(
-    table: TaskTable, message: int, key: tuple[int, ...], rotation: int, tensors: Sequence[int]
-) -> Words:
-    """Context of the tasks that encode one message.
+    table: TaskTable,
+    message: int,
+    key: tuple[int, ...],
+    rotation: int,
+    header: HeaderWords,
+    tensors: Sequence[int],
+) -> bytes:
+    """Context of `encode_task`.
 
     Args:
         table: rows with encoders.
         message: its address.
         key: `DitherKey.packed`.
         rotation: `RotationKey.packed`.
+        header: of the message.
         tensors: their addresses.
     """
-    return np.array([table.address, message, 0, *key, rotation, len(tensors), *tensors], dtype=np.uint64)
+    words = table.address, message, 0, *key, rotation, *header, len(tensors), *tensors
+    return _packer(len(words))(*words)
 
 
 def decode_context(
     table: TaskTable, messages: Sequence[int], tensors: Sequence[int], scale: int, rotation: int
-) -> Words:
-    """Context of the tasks that decode messages.
+) -> bytes:
+    """Context of `decode_task`.
 
     Args:
         table: rows with decoders.
@@ -138,18 +155,19 @@ def decode_context(
         scale: factor of the sum, float32 bits.
         rotation: `RotationKey.packed`.
     """
-    words = [table.address, 0, scale, *_NO_KEY, rotation, len(messages), *messages, *tensors]
-    return np.array(words, dtype=np.uint64)
+    words = table.address, 0, scale, *_NO_KEY, rotation, *_NO_HEADER, len(messages), *messages, *tensors
+    return _packer(len(words))(*words)
 
 
-def sum_context(message: int, cuts: Sequence[int]) -> Words:
-    """Context of the tasks that sum a message's bytes; they return what the bytes add to the checksum's total.
+def check_context(messages: Sequence[tuple[int, ...]], runs: int) -> bytes:
+    """Context of `check_task` and `sum_task`, which are called for runs * messages indices.
 
     Args:
-        message: its address.
-        cuts: first bytes of the runs, then the byte behind the last one.
+        messages: address of each and what its header must be (`wire.HeaderWords`).
+        runs: that each message is cut into, so that several threads can sum it.
     """
-    return np.array([cpu.byte_summer().address, message, *cuts], dtype=np.uint64)
+    words = cpu.byte_summer().address, runs, *itertools.chain.from_iterable(messages)
+    return _packer(len(words))(*words)
 
 
 def float32_bits(value: float) -> int:
@@ -159,8 +177,8 @@ def float32_bits(value: float) -> int:
 
 @cache
 def encode_task() -> Task:
-    """The task that encodes parts of a message; it returns what they add to the checksum's total."""
-    return compiled_task(_encode)
+    """The task that encodes parts of a message; then it writes the header."""
+    return compiled_task(_encode, _seal)
 
 
 @cache
@@ -170,39 +188,27 @@ def decode_task() -> Task:
 
 
 @cache
+def check_task() -> Task:
+    """The task that compares messages' headers with the expected ones and with their payloads' checksums.
+
+    Its result is 0 if all are equal, else 1 + the number of the first message that is not.
+    """
+    return compiled_task(_sum, _first_refused)
+
+
+@cache
 def sum_task() -> Task:
-    """The task that sums a run of a message's bytes (`sum_context`)."""
-    return compiled_task(_sum)
+    """The task that gives the last word of one message's header: its payload's size, and its checksum times 2^32."""
+    return compiled_task(_sum, _last_word_of_one)
 
 
-def _calls(signature: Signature) -> Callable[..., Any]:
-    """A function (address, arguments) for kernels: calls a compiled kernel of the signature; errors go on upwards."""
-
-    @intrinsic
-    def call(context: Any, address: Any, arguments: Any) -> tuple[Signature, Callable[..., Any]]:
-        def generate(context: Any, builder: Any, own: Any, values: Any) -> Any:
-            convention = context.call_conv
-            function = convention.get_function_type(signature.return_type, signature.args)
-            pointer = builder.inttoptr(values[0], function.as_pointer())
-            unpacked = cgutils.unpack_tuple(builder, values[1])
-            status, result = convention.call_function(builder, pointer, signature.return_type, signature.args, unpacked)
-            with cgutils.if_unlikely(builder, status.is_error):
-                convention.return_status_propagate(builder, status)
-            return result
-
-        return signature.return_type(types.uint64, types.Tuple(signature.args)), generate
-
-    return call
-
-
-_call_encoder, _call_rotated_encoder = _calls(cpu.ENCODE), _calls(cpu.ENCODE_ROTATED)
-_call_decoder, _call_rotated_decoder = _calls(cpu.DECODE), _calls(cpu.DECODE_ROTATED)
-_call_copy, _call_exact_sum = _calls(cpu.COPY), _calls(cpu.SUM)
-_call_byte_summer = _calls(cpu.SUM_BYTES)
+_call_encoder, _call_rotated_encoder = calls(cpu.ENCODE), calls(cpu.ENCODE_ROTATED)
+_call_decoder, _call_rotated_decoder = calls(cpu.DECODE), calls(cpu.DECODE_ROTATED)
+_call_copy, _call_exact_sum = calls(cpu.COPY), calls(cpu.SUM)
+_call_byte_summer = calls(cpu.SUM_BYTES)
 
 
 words_pointer = intrinsic(word32.pointer(types.uint64))
-_half_words_pointer = intrinsic(word32.pointer(types.uint32))
 _numbers_pointer = intrinsic(word32.pointer(types.int64))
 
 
@@ -213,7 +219,7 @@ def _words_at(address, count):  # type: ignore[no-untyped-def]  # Numba infers
 
 @_inline
 def _half_words_at(address, count):  # type: ignore[no-untyped-def]  # Numba infers
-    return carray(_half_words_pointer(address), (count,), np.uint32)
+    return carray(word32.word_pointer(address), (count,), np.uint32)
 
 
 @_inline
@@ -226,6 +232,12 @@ def _parts_of(task):  # type: ignore[no-untyped-def]  # Numba infers
     return carray(_numbers_pointer(task[_PARTS]), (np.int64(task[_PART_COUNT]), cpu.PART_FIELDS), np.int64)
 
 
+@_inline
+def _folded(total):  # type: ignore[no-untyped-def]  # Numba infers
+    """`wire.fold_checksum`."""
+    return (total ^ (total >> np.uint64(32))) & np.uint64(0xFFFFFFFF) ^ np.uint64(CHECKSUM_OF_ZEROS)
+
+
 @_kernel
 def _encode(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     head = _words_at(context, _SOURCES)
@@ -233,43 +245,23 @@ def _encode(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     values = _words_at(context + np.uint64(_BYTES * _SOURCES), np.int64(head[_SOURCE_COUNT]))
     parts = _parts_of(task)
     message = head[_MESSAGE]
-    key = _half_words_at(context + np.uint64(_BYTES * _KEY), 6)
     first = np.int64(task[_SCALARS])
     if task[_KIND] == np.uint64(EXACT):
-        return _call_copy(task[_KERNEL], (values, parts, message, key, first))
+        return _call_copy(task[_KERNEL], (values, parts, message, first))
+    key = context + np.uint64(_BYTES * _KEY)
     norm_bytes = np.int64(task[_SCALARS + 1])
     is_l2 = task[_SCALARS + 2] != np.uint64(0)
     clip = np.uint32(task[_SCALARS + 3])
-    lines = _floats_at(task[_LINES], task[_LINE_COUNT])
-    levels = _floats_at(task[_LEVELS], task[_LEVEL_COUNT])
-    cells = _half_words_at(task[_CELLS], 2)
+    lines, levels, cells = task[_LINES], task[_LEVELS], task[_CELLS]
     if task[_KIND] == np.uint64(PLAIN):
         return _call_encoder(
             task[_KERNEL], (values, parts, message, key, first, norm_bytes, is_l2, clip, lines, levels, cells)
         )
     rotation = _half_words_at(context + np.uint64(_BYTES * _ROTATION), 2)
     spread = word32.float_from_bits(np.uint32(task[_SPREAD]))
-    magnitudes = _floats_at(task[_MAGNITUDES], task[_MAGNITUDE_COUNT])
-    return _call_rotated_encoder(
-        task[_KERNEL],
-        (
-            values,
-            parts,
-            message,
-            key,
-            rotation,
-            first,
-            norm_bytes,
-            is_l2,
-            clip,
-            lines,
-            levels,
-            cells,
-            spread,
-            magnitudes,
-            _floats_at(task[_ROOTS], cpu.ROOTS.size),
-        ),
-    )
+    roots = _floats_at(task[_ROOTS], cpu.ROOTS.size)
+    codebook = first, norm_bytes, is_l2, clip, lines, levels, cells, spread, task[_MAGNITUDES], roots
+    return _call_rotated_encoder(task[_KERNEL], (values, parts, message, key, rotation, *codebook))
 
 
 @_kernel
@@ -285,8 +277,7 @@ def _decode(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     if task[_KIND] == np.uint64(EXACT):
         _call_exact_sum(task[_KERNEL], (messages, results, parts, scale, first))
         return np.uint64(0)
-    norm_bytes = np.int64(task[_SCALARS + 1])
-    levels = _floats_at(task[_LEVELS], task[_LEVEL_COUNT])
+    norm_bytes, levels = np.int64(task[_SCALARS + 1]), task[_LEVELS]
     if task[_KIND] == np.uint64(PLAIN):
         _call_decoder(task[_KERNEL], (messages, results, parts, scale, first, norm_bytes, levels))
         return np.uint64(0)
@@ -296,7 +287,61 @@ def _decode(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     return np.uint64(0)
 
 
+@_inline
+def _header_of(message):  # type: ignore[no-untyped-def]  # Numba infers
+    return _words_at(message, HEADER_BYTES // _BYTES)
+
+
+@_inline
+def _last_word(payload_bytes, results, begin, count):  # type: ignore[no-untyped-def]  # Numba infers
+    """Last word of a header: size and checksum of the payload, given what its parts add to the checksum's total."""
+    total = np.uint64(0)
+    for result in _words_at(results, begin + count)[begin:]:
+        total += result
+    return payload_bytes | _folded(total) << np.uint64(32)
+
+
+@_kernel
+def _seal(context, results, count):  # type: ignore[no-untyped-def]  # Numba infers
+    """Write the header of an encoded message."""
+    head = _words_at(context, _SOURCES)
+    header = _header_of(head[_MESSAGE])
+    for place in range(3):
+        header[place] = head[_HEADER + place]
+    header[3] = _last_word(head[_HEADER + 3], results, 0, count)
+    return np.uint64(0)
+
+
+@_inline
+def _expected(context, number):  # type: ignore[no-untyped-def]  # Numba infers
+    """Address of a message to check, and what its header must be."""
+    return _words_at(context + np.uint64(_BYTES) * np.uint64(_MESSAGES + _MESSAGE_WORDS * number), _MESSAGE_WORDS)
+
+
 @_kernel
 def _sum(context, index):  # type: ignore[no-untyped-def]  # Numba infers
-    words = _words_at(context, index + 4)
-    return _call_byte_summer(words[0], (words[1], np.int64(words[index + 2]), np.int64(words[index + 3])))
+    """What one run of a message's bytes adds to the checksum's total."""
+    head = _words_at(context, _MESSAGES)
+    runs = np.int64(head[_RUNS])
+    message, run = _expected(context, index // runs), index % runs
+    payload_bytes = np.int64(message[4])
+    begin, end = HEADER_BYTES + payload_bytes * run // runs, HEADER_BYTES + payload_bytes * (run + 1) // runs
+    return _call_byte_summer(head[_SUMMER], (message[0], begin, end))
+
+
+@_kernel
+def _last_word_of_one(context, results, count):  # type: ignore[no-untyped-def]  # Numba infers
+    return _last_word(_expected(context, 0)[4], results, 0, count)
+
+
+@_kernel
+def _first_refused(context, results, count):  # type: ignore[no-untyped-def]  # Numba infers
+    """1 + number of the first message whose header is not what it must be; 0 where there is none."""
+    runs = np.int64(_words_at(context, _MESSAGES)[_RUNS])
+    for number in range(count // runs):
+        expected = _expected(context, number)
+        header = _header_of(expected[0])
+        is_equal = header[0] == expected[1] and header[1] == expected[2] and header[2] == expected[3]
+        if not is_equal or header[3] != _last_word(expected[4], results, number * runs, runs):
+            return np.uint64(number + 1)
+    return np.uint64(0)

@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 from qoda_kernels.codebook import ROWS
 from qoda_kernels.dither import FIRST_MULTIPLIER, SECOND_MULTIPLIER, WEYL_MULTIPLIER
+from qoda_kernels.kernel_constants import ROUNDING_BITS
 from qoda_kernels.rotation import LANES
 from qoda_kernels.vectors import Floats, Words, look_up, look_up_pairs
 
@@ -22,8 +23,7 @@ UNIFORM, MINIMUM, CELLS, SEARCH = range(4)  # how a position is found; see `cpu.
 GROUP = 32  # floats that `largest_magnitude` and `add_squares` take at a time
 
 _BYTE, _WORD, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_ROUNDING_CONSTANT = 1.5 * 2.0**23  # x + it has the ulp 1, so its low bits are rint(x)
-_ROUNDING_BITS = 0x4B400000
+_ROUNDING_BITS = int(ROUNDING_BITS)
 _CACHE_LINE = 64
 _SUMMED_LANES = 16
 _NEAR = 128  # coordinates of a bucket that are transformed at a time: 8 vectors
@@ -44,6 +44,16 @@ def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
 
 def _scalar(builder: Any, table: Any, index: int) -> Any:
     return builder.load(builder.gep(table, [ir.Constant(_LONG, index)]))
+
+
+@intrinsic
+def keep(context: Any, arrays: Any) -> tuple[Signature, Callable[..., Any]]:
+    """Do nothing: Numba frees an array after its last use, even if its address is used later on; this is a use."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.void(arrays), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -124,10 +134,10 @@ class _Signs:
     """Signs of a whole bucket's coordinates (`rotation.py`), 16 neighbours at a time."""
 
     def __init__(self, builder: Any, weyl: Any, first: Any, second: Any) -> None:
-        keys = Words.filled(builder, first, _WIDTH), Words.filled(builder, second, _WIDTH)
+        hashed = _Hash(builder, first, second, _WIDTH)
         numbers = Words.filled(builder, weyl, _WIDTH)
         self._words = [
-            _hash(numbers + Words.multiples(builder, WEYL_MULTIPLIER, _WIDTH, begin), *keys)
+            hashed(numbers + Words.multiples(builder, WEYL_MULTIPLIER, _WIDTH, begin))
             for begin in range(0, LANES, _WIDTH)
         ]
 
@@ -265,29 +275,41 @@ def sum_words(
     return types.uint64(types.uint64, types.int64, types.uint64, types.uint64), generate
 
 
-def _hash(word: Words, first: Words, second: Words, is_crowded: bool = False) -> Words:
+class _Hash:
     """`dither.hash32` of coordinates, given their numbers times the Weyl multiplier.
 
     Each word of the key is xored after the shift, with its own shifted bits, so that both xors are one operation; but
     before it where the code around leaves no registers for that (is_crowded).
     """
-    for key, multiplier in ((first, FIRST_MULTIPLIER), (second, SECOND_MULTIPLIER)):
-        if is_crowded:
-            word = word ^ key
-            word = word ^ (word >> 15)
-        else:
-            word = word ^ (word >> 15) ^ (key ^ (key >> 15))
-        word = word * multiplier
-    return word ^ (word >> 15)
+
+    def __init__(self, builder: Any, first: Any, second: Any, count: int, is_crowded: bool = False) -> None:
+        self._is_crowded = is_crowded
+        keys = (first, second) if is_crowded else (_xored_with_shifted(builder, key) for key in (first, second))
+        self._keys = [Words.filled(builder, key, count) for key in keys]
+
+    def __call__(self, word: Words) -> Words:
+        for key, multiplier in zip(self._keys, (FIRST_MULTIPLIER, SECOND_MULTIPLIER), strict=True):
+            if self._is_crowded:
+                word = word ^ key
+                word = word ^ (word >> 15)
+            else:
+                word = word ^ (word >> 15) ^ key
+            word = word * multiplier
+        return word ^ (word >> 15)
+
+
+def _xored_with_shifted(builder: Any, key: Any) -> Any:
+    """What a word of the key, xored before a step x ^ (x >> 15), amounts to after it."""
+    return builder.xor(key, builder.lshr(key, ir.Constant(_WORD, 15)))
 
 
 class _Strata:
     """`dither.stratified` for the rows of a tile; one word has the common bits of rows r, r + 2, r + 4, r + 6."""
 
     def __init__(self, builder: Any, key: Any, first: Any, weyl: Words, row_weyl: Words) -> None:
-        words = [first, *(_scalar(builder, key, index) for index in (3, 4, 5))]
-        first, second, self._position, self._count = (Words.filled(builder, word, weyl.count) for word in words)
-        self._words = _hash(weyl, first, second), _hash(weyl + row_weyl, first, second)
+        hashed = _Hash(builder, first, _scalar(builder, key, 3), weyl.count)
+        self._words = hashed(weyl), hashed(weyl + row_weyl)
+        self._position, self._count = (Words.filled(builder, _scalar(builder, key, n), weyl.count) for n in (4, 5))
         count = builder.sitofp(_scalar(builder, key, 5), _FLOAT)
         inverse = builder.fdiv(ir.Constant(_FLOAT, 1.0), count)
         self._inverse = Floats.filled(builder, inverse, weyl.count)
@@ -305,14 +327,26 @@ class _Strata:
 class _Rounding:
     """The positions of magnitudes on the scale of level indices, times 2^F (`reference.fixed_point`)."""
 
-    def __init__(self, builder: Any, method: int, bits: int, tables: Any) -> None:
+    def __init__(self, builder: Any, method: int, bits: int, tables: Any, scales: Floats) -> None:
         self._builder, self._method, self._bits = builder, method, bits
         self._lines, self._levels, self._cells = tables
+        self._scales = scales
 
-    def positions(self, scaled: list[Floats]) -> list[Floats]:
+    def positions(self, magnitudes: list[Floats]) -> list[Floats]:
+        """Positions; with uniform levels the magnitudes, which `raised` multiplies."""
         if self._method == UNIFORM:
-            return scaled
+            return magnitudes
+        scaled = [magnitude * self._scales for magnitude in magnitudes]
         return self._least_lines(scaled) if self._method == MINIMUM else [self._on_own_line(x) for x in scaled]
+
+    def raised(self, position: Floats, start: Words) -> Words:
+        """Random numbers plus a position, rounded once; start is _ROUNDING_BITS plus the numbers, and the result too.
+
+        As a float, start is 1.5 * 2^23 plus the numbers, and has the ulp 1.
+        """
+        addend = start.as_floats()
+        total = position.fused(self._scales, addend) if self._method == UNIFORM else position + addend
+        return total.as_words()
 
     def _least_lines(self, scaled: list[Floats]) -> list[Floats]:
         # Line by line for all rows: else the compiler keeps every line in a register, and has none left.
@@ -344,26 +378,34 @@ class _Rounding:
         return index.minimum(2 ** (self._bits - 1) - 2)
 
 
-def _codes(values: Words, position: Floats, random: Words | int, bits: int, shift: int, is_bounded: bool) -> Words:
-    """Code words of coordinates, in the highest bits of each element, given positions and 16 random bits for each.
+def _starts(both: Words, shift: int) -> tuple[Words, Words]:
+    """_ROUNDING_BITS plus the highest `shift` bits of the low and of the high half of random words."""
+    low = (both >> (16 - shift)) & ((1 << shift) - 1)
+    high = Words.multiples(both.builder, 0, both.count) | (_ROUNDING_BITS >> shift)
+    return low | _ROUNDING_BITS, high.shifted_in(both, shift)
+
+
+def _codes(values: Words, raised: Words, bits: int, shift: int, is_bounded: bool) -> Words:
+    """Code words of coordinates, in the highest bits of each element, given `_Rounding.raised`.
 
     Below the level index its fraction remains. The highest bit is free for the sign: the bit above the level index's
     is zero in _ROUNDING_BITS, too. Where positions and random bits cannot lead beyond the highest level, is_bounded.
     """
-    dithered = (position + _ROUNDING_CONSTANT).as_words() + (random >> (16 - shift))
     if not is_bounded:
-        dithered = dithered.minimum(_ROUNDING_BITS + (1 << (bits - 1 + shift)) - 1)
-    return (values & 0x80000000) | (dithered << (32 - bits - shift))
+        raised = raised.minimum(_ROUNDING_BITS + (1 << (bits - 1 + shift)) - 1)
+    return (values & 0x80000000) | (raised << (32 - bits - shift))
 
 
 def _nearest_codes(
-    builder: Any, positions: list[Floats], places: list[Any], level_table: Any, bits: int, shift: int
+    rounding: _Rounding, positions: list[Floats], places: list[Any], level_table: Any, bits: int, shift: int
 ) -> tuple[Words, Words]:
     """Codes of rows 0-3 and of rows 4-7; replaces coordinates by their magnitudes times the levels of the codes."""
-    words = [Words.multiples(builder, 0, positions[0].count)] * 2
+    builder, count = positions[0].builder, positions[0].count
+    words = [Words.multiples(builder, 0, count)] * 2
+    start = Words.multiples(builder, 0, count) | _ROUNDING_BITS
     for row in reversed(range(ROWS)):
-        values = Words.load(builder, places[row], positions[row].count)
-        code = _codes(values, positions[row], 0, bits, shift, is_bounded=False)
+        values = Words.load(builder, places[row], count)
+        code = _codes(values, rounding.raised(positions[row], start), bits, shift, is_bounded=False)
         half = row // (ROWS // 2)
         words[half] = words[half].shifted_in(code, bits)
         level = look_up(level_table, (code & 0x7FFFFFFF) >> (32 - bits))
@@ -389,8 +431,7 @@ def encode_tile(
     weyl: Any,
     row_weyl: Any,
     key: Any,
-    first: Any,
-    common_first: Any,
+    high_share: Any,
     scale: Any,
     limit: Any,
     lines: Any,
@@ -415,13 +456,12 @@ def encode_tile(
         target: address of uint8 [bits, lanes], written.
         weyl: uint32, number of the first coordinate in the whole model times the Weyl multiplier.
         row_weyl: uint32, likewise of the distance of two rows.
-        key: uint32 [6], `DitherKey.words`.
-        first: uint32, the first of them plus the share of the number's high word.
-        common_first: uint32, likewise the third of them.
+        key: address of uint32 [6], `DitherKey.words`.
+        high_share: uint32, what the number's high word adds to the first of them, and to the third.
         scale: float32, what makes magnitudes positions ("uniform") or normalised.
         limit: float32, what larger magnitudes are lowered to first, if is_limited.
-        lines: float32, of the `KernelTable`; so are levels and cells.
-        magnitudes: float32 [2^(bits-1)], the codebook's levels; read where rounding is to nearest.
+        lines: address of float32, of the `KernelTable`; so are levels and cells.
+        magnitudes: address of float32 [2^(bits-1)], the codebook's levels; read where rounding is to nearest.
         bits: literal; so are lanes, shift (the fraction bits), method, is_stratified, is_limited and is_nearest (0 or
             1).
     """
@@ -430,22 +470,25 @@ def encode_tile(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits, lanes, shift, method, is_stratified, is_limited, is_nearest = literals
-        source, target, weyl, row_weyl, _, first, common_first, scale, limit = arguments[:9]
-        arrays = [_data(context, builder, signature.args[n], arguments[n]) for n in (4, 9, 10, 11, 12)]
-        key, tables, level_table = arrays[0], arrays[1:4], arrays[4]
+        source, target, weyl, row_weyl, key, high_share, scale, limit, lines, levels, cells, magnitudes = arguments[:12]
+        key, cells = (builder.inttoptr(address, _WORD.as_pointer()) for address in (key, cells))
+        lines, levels, level_table = (
+            builder.inttoptr(address, _FLOAT.as_pointer()) for address in (lines, levels, magnitudes)
+        )
+        first, common_first = (builder.add(_scalar(builder, key, n), high_share) for n in (0, 2))
         width = _WIDTH
-        rounding = _Rounding(builder, method, bits, tables)
         row_step = Words.filled(builder, row_weyl, width)
-        key_words = Words.filled(builder, first, width), Words.filled(builder, _scalar(builder, key, 1), width)
-        scales, limits = Floats.filled(builder, scale, width), Floats.filled(builder, limit, width)
+        hashed = _Hash(builder, first, _scalar(builder, key, 1), width, is_crowded=method == MINIMUM)
+        limits = Floats.filled(builder, limit, width)
+        rounding = _Rounding(builder, method, bits, (lines, levels, cells), Floats.filled(builder, scale, width))
         for begin in range(0, lanes, width):
             places = [_moved(builder, source, 4 * (row * lanes + begin)) for row in range(ROWS)]
             magnitudes = [(Words.load(builder, place, width) & 0x7FFFFFFF).as_floats() for place in places]
             if is_limited:
                 magnitudes = [magnitude.minimum(limits) for magnitude in magnitudes]
-            positions = rounding.positions([magnitude * scales for magnitude in magnitudes])
+            positions = rounding.positions(magnitudes)
             if is_nearest:
-                code_words = _nearest_codes(builder, positions, places, level_table, bits, shift)
+                code_words = _nearest_codes(rounding, positions, places, level_table, bits, shift)
                 for index in range(bits):
                     plane = _plane(*code_words, index, bits)
                     plane.store_low_bytes(_moved(builder, target, index * lanes + begin))
@@ -458,12 +501,14 @@ def encode_tile(
             words = [Words.multiples(builder, 0, width)] * 2  # of rows 0-3 and of rows 4-7
             number = number + row_step + row_step + row_step
             for row in reversed(range(ROWS // 2)):
-                both = _hash(number, *key_words, is_crowded=method == MINIMUM)
-                for half, random in enumerate((both & 0xFFFF, both >> 16)):
+                both = hashed(number)
+                for half, start in enumerate(_starts(both, shift)):
                     place = row + half * ROWS // 2
                     values = Words.load(builder, places[place], width)
-                    used = random if strata is None else strata.dither(random, place, values)
-                    code = _codes(values, positions[place], used, bits, shift, is_bounded)
+                    if strata is not None:
+                        random = strata.dither(both >> 16 if half else both & 0xFFFF, place, values)
+                        start = (random >> (16 - shift)) + _ROUNDING_BITS
+                    code = _codes(values, rounding.raised(positions[place], start), bits, shift, is_bounded)
                     words[half] = words[half].shifted_in(code, bits)
                 number = number - row_step
             low, high = words
@@ -471,10 +516,10 @@ def encode_tile(
                 _plane(low, high, index, bits).store_low_bytes(_moved(builder, target, index * lanes + begin))
         return context.get_dummy_value()
 
-    numbers = types.uint64, types.uint64, words, words, key, words, words, types.float32, types.float32
+    address = types.uint64
+    numbers = address, address, words, words, address, words, types.float32, types.float32
     switches = is_stratified, is_limited, is_nearest
-    arrays = lines, levels, cells, magnitudes
-    return types.void(*numbers, *arrays, bits, lanes, shift, method, *switches), generate
+    return types.void(*numbers, *[address] * 4, bits, lanes, shift, method, *switches), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -487,7 +532,7 @@ def decode_tile(
         source: address of uint8 [bits, lanes].
         target: address of float32 [ROWS, lanes].
         norm: float32, finite.
-        levels: float32 [2^bits], `reference.signed_levels`.
+        levels: address of float32 [2^bits], `reference.signed_levels`.
         bits: literal; so are lanes and is_first: 1 to store, 0 to add.
     """
     literals = [kind.literal_value for kind in (bits, lanes, is_first)]
@@ -496,7 +541,7 @@ def decode_tile(
         bits, lanes, is_first = literals
         source, target = arguments[:2]
         norms = Floats.filled(builder, arguments[2], lanes)
-        table = _data(context, builder, signature.args[3], arguments[3])
+        table = builder.inttoptr(arguments[3], _FLOAT.as_pointer())
         low = high = Words.multiples(builder, 0, lanes)
         middle = 4 * bits
         for index in range(bits):
@@ -518,4 +563,4 @@ def decode_tile(
             value.store(place)
         return context.get_dummy_value()
 
-    return types.void(types.uint64, types.uint64, types.float32, levels, bits, lanes, is_first), generate
+    return types.void(types.uint64, types.uint64, types.float32, types.uint64, bits, lanes, is_first), generate

@@ -31,6 +31,8 @@ FLAG_CODED = 1
 CHECKSUM_MULTIPLIER = 0x9E3779B97F4A7C15
 CHECKSUM_OF_ZEROS = 0x51C0DA7A
 _HEADER = struct.Struct("<4sHH8sIIII")
+_START = int.from_bytes(struct.pack("<4sHH", MAGIC, WIRE_VERSION, 0), "little")  # of a message without flags
+HeaderWords = tuple[int, int, int, int]  # a header as words of 64 bits; without the checksum, the last one's upper half
 _MASK32 = 0xFFFFFFFF
 assert _HEADER.size == HEADER_BYTES
 
@@ -107,8 +109,19 @@ class Header:
 
     def pack(self) -> bytes:
         """The 32 bytes of the header."""
-        numbers = self.registry_version, self.counter, self.payload_bytes, self.checksum, self.flags
-        return pack_header(self.digest, *numbers)
+        numbers = self.registry_version, self.counter, self.payload_bytes, self.checksum
+        return _HEADER.pack(MAGIC, WIRE_VERSION, self.flags, self.digest, *numbers)
+
+
+def header_words(digest: int, context: MessageContext, payload_bytes: int) -> HeaderWords:
+    """Header of a message without flags, for compiled code that adds the checksum.
+
+    Args:
+        digest: `message_digest`, as a number.
+        context: which message it is.
+        payload_bytes: size of the payload.
+    """
+    return _START, digest, context.registry_version & _MASK32 | (context.counter & _MASK32) << 32, payload_bytes
 
 
 def message_digest(plan_digest: bytes, context: MessageContext) -> bytes:
@@ -120,14 +133,6 @@ def message_digest(plan_digest: bytes, context: MessageContext) -> bytes:
     """
     identity = struct.pack("<8sIII", plan_digest, context.phase, context.source, context.destination)
     return hashlib.blake2b(identity, digest_size=8).digest()
-
-
-def pack_header(
-    digest: bytes, registry_version: int, counter: int, payload_bytes: int, checksum: int, flags: int = 0
-) -> bytes:
-    """The 32 bytes of a header; the arguments are `Header`'s fields, not yet modulo 2^32."""
-    numbers = registry_version & _MASK32, counter & _MASK32, payload_bytes, checksum
-    return _HEADER.pack(MAGIC, WIRE_VERSION, flags, digest, *numbers)
 
 
 def fold_checksum(total: int) -> int:

@@ -108,5 +108,6 @@ def pointer(kind: Any) -> Callable[..., tuple[Signature, Callable[..., Any]]]:
 
 byte_pointer = intrinsic(pointer(types.uint8))
 half_pointer = intrinsic(pointer(types.uint16))
+word_pointer = intrinsic(pointer(types.uint32))
 float_pointer = intrinsic(pointer(types.float32))
 double_pointer = intrinsic(pointer(types.float64))

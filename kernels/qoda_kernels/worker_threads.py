@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
@@ -60,20 +61,29 @@ def allotted_threads(environ: Mapping[str, str]) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """A compiled function (context: uint64, index: int64) -> uint64 that any thread may call without the GIL.
+    """Compiled functions that any thread may call without the GIL: one for every index, and one that ends the job.
 
     Attributes:
-        address: of the machine code, with Numba's calling convention.
-        owner: keeps the machine code.
+        address: of the machine code of (context: uint64, index: int64) -> uint64, with Numba's calling convention.
+        ending: likewise of (context: uint64, results: uint64, count: int64) -> uint64, which gets the address of the
+            results in order; its own result is the job's.
+        owners: keep the machine code.
     """
 
     address: int
-    owner: Any
+    ending: int
+    owners: tuple[Any, ...]
 
 
-def compiled_task(function: Any) -> Task:
-    """The task of a function of `numba.njit`, which must not use Python objects; it may raise."""
-    return Task(*_compiled(function, _TASK))
+def compiled_task(function: Any, ending: Any = None) -> Task:
+    """The task of functions of `numba.njit`, which must not use Python objects; they may raise.
+
+    Args:
+        function: (context, index).
+        ending: (context, results, count); by default the sum of the results, modulo 2^64.
+    """
+    last = _total if ending is None else ending
+    return Task(_compiled(function, _TASK), _compiled(last, _ENDING), (function, last))
 
 
 class WorkerThreads:
@@ -97,16 +107,16 @@ class WorkerThreads:
         self.count = count
         self._helpers: dict[int, _Helpers] = {}  # by process: of those that a fork has left behind, no thread runs
 
-    def run(self, task: Task, context: npt.NDArray[np.uint64], count: int) -> int:
-        """Call the task for every index below a count, in any order; returns when all calls have ended.
+    def run(self, task: Task, context: bytes, count: int) -> int:
+        """Call the task for every index below a count, in any order, then its ending; returns when that has ended.
 
         Args:
             task: what to call.
-            context: uint64 [n] of any meaning; the task gets its address.
+            context: bytes of any meaning; the task gets their address.
             count: number of indices.
 
         Returns:
-            The sum of the calls' results, modulo 2^64.
+            What the ending returns.
 
         Raises:
             KernelError: when a call failed, such as for want of memory; the others are made all the same.
@@ -118,7 +128,7 @@ class WorkerThreads:
                     return helpers.work(task, context, count, self.count)
                 finally:
                     helpers.is_taken.release()
-        return _worker()(0, 1, task.address, context, count, 0)
+        return _worker()(0, 1, task.address, task.ending, context, count, 0)
 
     def _of_this_process(self) -> "_Helpers":
         process = os.getpid()
@@ -147,8 +157,8 @@ class _Helpers:
         if _libc().sem_init(self._semaphore, 0, 0) != 0:
             raise KernelError("this system has no semaphores for the threads that help to code: set OMP_NUM_THREADS=1")
 
-    def work(self, task: Task, context: npt.NDArray[np.uint64], count: int, threads: int) -> int:
-        """Call a task for every index below a count, with so many threads; by one caller at a time."""
+    def work(self, task: Task, context: bytes, count: int, threads: int) -> int:
+        """Do a job with so many threads; by one caller at a time."""
         work, looks = _worker(), _looks_of_watch()
         while len(self._threads) < threads - 1:
             place = len(self._threads) + 1
@@ -157,7 +167,7 @@ class _Helpers:
             self._threads.append(thread)
         if _HAS_AFFINITY:
             self._leave_to_caller(_libc().sched_getcpu())
-        return work(self._address, threads, task.address, context, count, looks)
+        return work(self._address, threads, task.address, task.ending, context, count, looks)
 
     def stop(self) -> None:
         """End the threads."""
@@ -199,7 +209,7 @@ _HELPERS_WORDS = 32
 _WORD_BYTES = 8
 
 # Fields of a job, likewise.
-_TOTAL = 0  # of the results
+_RESULTS = 0  # their address
 _FAILURES = 1  # number of calls that failed
 _FUNCTION = 2
 _CONTEXT = 3
@@ -209,6 +219,8 @@ _TAKEN = 8  # how many indices of each thread's run are taken, one line of the c
 _LINE = 8
 
 _TASK = types.uint64(types.uint64, types.int64)
+_ENDING = types.uint64(types.uint64, types.uint64, types.int64)
+_BYTES = types.Bytes(types.uint8, 1, "C", readonly=True)
 
 
 def _usable_processors() -> int:
@@ -289,26 +301,65 @@ def _call(context: Any, function: Any, job_context: Any, index: Any, job: Any) -
     return types.uint64(types.uint64, types.uint64, types.int64, types.uint64), generate
 
 
+def calls(signature: Signature) -> Callable[..., Any]:
+    """A function (address, arguments) for kernels: calls a compiled kernel of the signature; errors go on upwards."""
+
+    @intrinsic
+    def call(context: Any, address: Any, arguments: Any) -> tuple[Signature, Callable[..., Any]]:
+        def generate(context: Any, builder: Any, own: Any, values: Any) -> Any:
+            convention = context.call_conv
+            function = convention.get_function_type(signature.return_type, signature.args)
+            pointer = builder.inttoptr(values[0], function.as_pointer())
+            unpacked = cgutils.unpack_tuple(builder, values[1])
+            status, result = convention.call_function(builder, pointer, signature.return_type, signature.args, unpacked)
+            with cgutils.if_unlikely(builder, status.is_error):
+                convention.return_status_propagate(builder, status)
+            return result
+
+        return signature.return_type(types.uint64, types.Tuple(signature.args)), generate
+
+    return call
+
+
+_call_ending = calls(_ENDING)
 _yield_processor = types.ExternalFunction("sched_yield", types.int32())
 _sleep_at = types.ExternalFunction("sem_wait", types.int32(types.uint64))
 _wake_one = types.ExternalFunction("sem_post", types.int32(types.uint64))
 
 
+@intrinsic
+def _address_of(context: Any, data: Any) -> tuple[Signature, Callable[..., Any]]:
+    """Address of the first of some bytes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        begin = context.make_helper(builder, signature.args[0], arguments[0]).data
+        return builder.ptrtoint(begin, ir.IntType(64))
+
+    return types.uint64(data), generate
+
+
+@_kernel
+def _total(context: np.uint64, results: np.uint64, count: int) -> np.uint64:
+    """An ending: the sum of the results, modulo 2^64."""
+    total = np.uint64(0)
+    for index in range(count):
+        total += _load(results, index)
+    return total
+
+
 @_kernel
 def _take_part(job: np.uint64, place: int) -> None:
     """Call a job's task for the indices of a thread's own run, then of the others' runs, that nobody has taken."""
-    function, context = _load(job, _FUNCTION), _load(job, _CONTEXT)
+    function, context, results = _load(job, _FUNCTION), _load(job, _CONTEXT), _load(job, _RESULTS)
     count, threads = np.int64(_load(job, _COUNT)), np.int64(_load(job, _THREADS))
-    total = np.uint64(0)
     for other in range(threads):
         run = (place + other) % threads
         begin, end = count * run // threads, count * (run + 1) // threads
         taken = _TAKEN + _LINE * run
         index = begin + np.int64(_add(job, taken, np.uint64(1)))
         while index < end:
-            total += _call(function, context, index, job)
+            _store(results, index, _call(function, context, index, job))
             index = begin + np.int64(_add(job, taken, np.uint64(1)))
-    _add(job, _TOTAL, total)
 
 
 @_kernel
@@ -316,26 +367,30 @@ def _work(
     helpers: np.uint64,
     threads: int,
     function: np.uint64,
-    context: npt.NDArray[np.uint64],
+    ending: np.uint64,
+    context: bytes,
     count: int,
     most_looks: int,
 ) -> np.uint64:
-    """Do a job; returns the sum of the results.
+    """Do a job; returns what its ending returns.
 
     Args:
         helpers: address of the memory that is shared with the helpers; not read with one thread.
         threads: number of runs that the indices are cut into: of helpers and the caller.
         function: address of the task.
-        context: its context.
+        ending: address of its ending.
+        context: the task's context.
         count: number of indices.
         most_looks: how often to look in a row whether the helpers have ended before other processes may run.
     """
-    memory = np.zeros(_TAKEN + _LINE * threads, dtype=np.uint64)
+    memory = np.zeros(_TAKEN + _LINE * threads + count, dtype=np.uint64)
+    job = np.uint64(memory.ctypes.data)
+    results = job + np.uint64(_WORD_BYTES * (_TAKEN + _LINE * threads))
+    memory[_RESULTS] = results
     memory[_FUNCTION] = function
-    memory[_CONTEXT] = np.uint64(context.ctypes.data)
+    memory[_CONTEXT] = _address_of(context)
     memory[_COUNT] = np.uint64(count)
     memory[_THREADS] = np.uint64(threads)
-    job = np.uint64(memory.ctypes.data)
     if threads == 1:
         _take_part(job, 0)
     else:
@@ -356,7 +411,9 @@ def _work(
                 _pause()
     if memory[_FAILURES] != np.uint64(0):
         raise KernelError("a kernel of the codec failed: there was no memory for its scratch space; free some")
-    return memory[_TOTAL]  # used last, for Numba frees an array after its last use
+    result = _call_ending(ending, (memory[_CONTEXT], results, count))
+    memory[_RESULTS] = np.uint64(0)  # used last, for Numba frees an array after its last use
+    return result
 
 
 @_kernel
@@ -394,17 +451,19 @@ def _help(helpers: np.uint64, place: int, most_looks: int) -> None:
                 _sleep_at(helpers + np.uint64(_WORD_BYTES * _SEMAPHORE))
 
 
-def _compiled(function: Any, signature: Signature) -> tuple[int, Any]:
-    """Address of the machine code of a function of `numba.njit`, and what keeps it."""
+def _compiled(function: Any, signature: Signature) -> int:
+    """Address of the machine code of a function of `numba.njit`, which keeps it."""
     function.compile(signature)
     compiled = function.overloads[signature.args]
-    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name), function
+    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    return address
 
 
 @cache
 def _worker() -> Callable[..., int]:
     """Function `_work`, compiled; it releases the GIL."""
-    signature = types.uint64(types.uint64, types.int64, types.uint64, types.uint64[::1], types.int64, types.int64)
+    word, number = types.uint64, types.int64
+    signature = word(word, number, word, word, _BYTES, number, number)
     _work.compile(signature)
     function: Callable[..., int] = _work.get_overload(signature)
     return function

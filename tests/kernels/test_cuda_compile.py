@@ -28,7 +28,7 @@ CAPABILITIES: tuple[Capability, ...] = ((8, 0), (9, 0))
 REGISTERS = {
     ("encode", (8, 0)): 72,
     ("encode_stratified", (8, 0)): 80,
-    ("encode_stratified", (9, 0)): 72,
+    ("encode_stratified", (9, 0)): 80,
     ("encode_rotated", (8, 0)): 112,  # two blocks
     ("encode_rotated", (9, 0)): 96,
     ("decode_mean_rotated", (8, 0)): 80,

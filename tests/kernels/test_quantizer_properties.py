@@ -86,7 +86,7 @@ def test_variance_is_the_formula_and_below_the_bound(values: np.ndarray, kind: t
     formula = length**2 * np.sum((levels[index + 1] - normalised) * (normalised - levels[index]))
     table = reference.rounding_table(codebook)
     one = 2.0 ** reference.fraction_bits(bits)
-    position = reference.fixed_point(values, np.float32(length), table, bits) / one
+    position = reference.fixed_point(values, np.float32(length), table, bits, np.zeros(values.size, np.uint32)) / one
     low = np.minimum(np.floor(position).astype(int), levels.size - 2)
     up = position - low
     codes_variance = (1 - up) * (levels[low] - normalised) ** 2 + up * (levels[low + 1] - normalised) ** 2
@@ -177,12 +177,18 @@ def test_l2_norm_neither_overflows_nor_vanishes() -> None:
     assert np.isfinite(round_trip(largest, Codebook.uniform(4, norm="l2"))).all()
 
 
-def test_rounding_is_to_nearest_before_the_random_number() -> None:
+@pytest.mark.parametrize("method", ["uniform", "minimum"])
+def test_coordinates_on_levels_stay_there_whatever_the_random_number(method: str) -> None:
     """Truncation would misplace several per cent of on-level inputs; rounding to nearest misplaces none."""
-    codebook = power_codebook(5, 1.5, bucket_size=256)
-    scales = np.random.default_rng(0).uniform(0.5, 2, 2000).astype(np.float32)
+    codebook = power_codebook(5, 1.5 if method == "minimum" else 1.0, bucket_size=256)
+    rng = np.random.default_rng(0)
+    scales = rng.uniform(0.5, 2, 2000).astype(np.float32)
     table = reference.rounding_table(codebook)
+    assert table.method == method
     levels = np.array(codebook.levels, dtype=np.float32)
-    wanted = np.arange(16) << reference.fraction_bits(5)
-    positions = np.stack([reference.fixed_point(levels * s, s, table, 5) for s in scales])
-    np.testing.assert_array_equal(positions, np.broadcast_to(wanted, positions.shape))
+    one = 1 << reference.fraction_bits(5)
+    random = rng.integers(one, size=(2000, 16), dtype=np.uint32)
+    positions = np.stack(
+        [reference.fixed_point(levels * s, s, table, 5, r) for s, r in zip(scales, random, strict=True)]
+    )
+    np.testing.assert_array_equal(positions, np.arange(16) * one + random)
