@@ -31,7 +31,7 @@ from rich.table import Table
 
 from launch.bench.rivals import all_rivals
 from launch.train.options import HelpFormatter, not_negative, positive
-from launch.train.summary import write_json
+from launch.train.summary import command, write_json
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
 from qoda_kernels.gaussian import nearest_codebook, stochastic_codebook
@@ -239,8 +239,9 @@ def table_of(size: str, timings: dict[str, Timing]) -> Table:
 
 
 def machine() -> dict[str, float | str | None]:
-    """What else ran when the measurement began, and on what."""
+    """What else ran when the measurement began, on what, and the command."""
     return {
+        "command": command(),
         "processors": float(os.cpu_count() or 1),
         "load_average_of_the_minute_before": os.getloadavg()[0],
         "numba_target": llvm.get_host_cpu_name(),

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.train.options import HelpFormatter, not_negative, positive
-from launch.train.summary import write_json
+from launch.train.summary import command, write_json
 from qoda_kernels import bit_streams, entropy
 from qoda_kernels.ans import AnsCode
 from qoda_kernels.codebook import Codebook
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(table)
             document[f"{distribution}, {name}"] = asdict(found)
     if options.json is not None:
-        write_json(options.json, {"elements": options.elements, "seed": options.seed, "cases": document})
+        write_json(options.json, {"command": command(), "cases": document})
     return 0
 
 

@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a file: make the project's folder import
 from rich.console import Console
 
 from launch.train.options import HelpFormatter, not_negative, positive
-from launch.train.summary import write_json
+from launch.train.summary import command, write_json
 
 COORDINATES = 1_000_000
 _PROGRAM = """
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, seconds in results.items():
         console.print(name, {step: round(value, 3) for step, value in seconds.items()})
     if options.json is not None:
-        write_json(options.json, results)
+        write_json(options.json, {"command": command(), **results})
 
 
 if __name__ == "__main__":

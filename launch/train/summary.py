@@ -2,12 +2,16 @@
 
 import json
 import math
+import shlex
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hvd_qoda.telemetry import LayerTypeRecord, StepRecord
+
+_PROJECT = Path(__file__).resolve().parents[2]
 
 
 def traffic_summary(records: Sequence[StepRecord]) -> dict[str, Any]:
@@ -40,6 +44,14 @@ def _one_layer_type(entries: Sequence[LayerTypeRecord], steps: int) -> dict[str,
         "bytes_sent_per_step": sum(entry.sent_bytes for entry in entries) / steps,
         "relative_error": statistics.fmean(errors) if errors else None,
     }
+
+
+def command() -> str:
+    """What made a file of results: the program, by its path in the project, and its arguments."""
+    program = Path(sys.argv[0]).resolve()
+    if program.is_relative_to(_PROJECT):
+        program = program.relative_to(_PROJECT)
+    return shlex.join(["python", str(program), *sys.argv[1:]])
 
 
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
