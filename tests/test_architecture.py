@@ -22,8 +22,8 @@ ABOVE = {
     "ds_plugin": {"launch", "tests"},
     "launch": {"tests"},
 }
-# llvmlite is a part of Numba: its intrinsics are written in it.
-KERNELS_MAY_IMPORT = {"numpy", "numba", "llvmlite", "torch", "qoda_kernels"}
+# llvmlite is a part of Numba: its intrinsics are written in it. cuda is NVIDIA's binding that numba-cuda works with.
+KERNELS_MAY_IMPORT = {"numpy", "numba", "llvmlite", "cuda", "torch", "qoda_kernels"}
 TOP_LEVEL = {
     ".ci",
     ".containerignore",

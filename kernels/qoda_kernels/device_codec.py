@@ -5,10 +5,7 @@ that is damaged or not the expected one turns the whole result into NaN at once,
 call. Addresses of tensors are kept in a table on the device that is sent again only when one changes.
 """
 
-import logging
-import time
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +14,7 @@ import torch
 
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec, have_one_rotation
+from qoda_kernels.cuda_launch import cuda_kernel
 from qoda_kernels.device_statistics import GATHERED, empty_records, histograms
 from qoda_kernels.device_tables import (
     COUNTER_WORD,
@@ -33,7 +31,6 @@ from qoda_kernels.layout import MessagePlan
 from qoda_kernels.statistics import HistogramStatistics
 from qoda_kernels.wire import Header, MessageContext, check_header
 
-_LOG = logging.getLogger(__name__)
 _BLOCKS_PER_MULTIPROCESSOR = 4
 _MASK32 = 0xFFFFFFFF
 
@@ -73,7 +70,9 @@ class CudaRuntime:
     """A CUDA device, used on torch's current stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)  # as tensors name it
+        self._index = index
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def upload(self, array: npt.NDArray[Any], out: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,9 +90,9 @@ class CudaRuntime:
 
     def launch(self, name: str, blocks: int, shared_bytes: int, arguments: tuple[int | float, ...]) -> None:
         """Start a kernel on torch's current stream."""
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            _configured(name, self.device.index, blocks, stream, shared_bytes)(*arguments)
+        # The handle without an object around it, as torch's own generated code asks for it.
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        cuda_kernel(name, self._index).launch(blocks, shared_bytes, stream, arguments)
 
     def synchronise(self) -> None:
         """Wait for torch's current stream; other threads run on meanwhile."""
@@ -101,32 +100,10 @@ class CudaRuntime:
 
     def is_capturing(self) -> bool:
         """Whether torch's current stream is being captured."""
-        return torch.cuda.is_current_stream_capturing()
-
-
-@cache
-def _configured(name: str, device_index: int, blocks: int, stream: int, shared_bytes: int) -> Any:
-    """A kernel with its launch configuration, compiled at first use on a device."""
-    from numba import cuda as numba_cuda
-
-    from qoda_kernels import cuda as kernels
-
-    handle = numba_cuda.external_stream(stream) if stream else numba_cuda.default_stream()
-    return _compiled(name, device_index)[blocks, kernels.THREADS, handle, shared_bytes]
-
-
-@cache
-def _compiled(name: str, device_index: int) -> Any:
-    from numba import cuda as numba_cuda
-
-    from qoda_kernels import cuda as kernels
-
-    begin = time.perf_counter()
-    function, signature = kernels.SIGNATURES[name]
-    _LOG.info("compiling CUDA kernel %s for device %d (once; kept on disk)", name, device_index)
-    kernel = numba_cuda.jit(signature, cache=True, launch_bounds=kernels.LAUNCH_BOUNDS.get(name))(function)
-    _LOG.info("CUDA kernel %s is ready after %.1f s", name, time.perf_counter() - begin)
-    return kernel
+        if torch.cuda.current_device() == self._index:
+            return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(self._index):
+            return torch.cuda.is_current_stream_capturing()
 
 
 class _AddressTable:
@@ -199,16 +176,27 @@ class DeviceCodec(Codec):
         self._workspace = self._runtime.upload(np.zeros(1, dtype=WORKSPACE))
         self._status_memory = self._runtime.host_visible(STATUS.itemsize)
         self._status = self._status_memory.numpy().view(STATUS)
+        self._refused = self._status["refused"]
         self._step = self._runtime.upload(np.zeros(1, dtype=STEP))
         self._values = _AddressTable(self._runtime, len(tables.indices))
         self._results = _AddressTable(self._runtime, len(tables.indices))
         self._headers: dict[tuple[int, ...], torch.Tensor] = {}
         self._senders: torch.Tensor | None = None
+        self._senders_address = 0
         self._totals: torch.Tensor | None = None
         self._senders_key: tuple[tuple[int, ...], ...] = ()
         self._pieces = -(-plan.payload_bytes // CHECK_BYTES)
         self._warps = THREADS // 32
+        self._encode_bytes = self._shared_bytes(tables.rounding.size)
+        self._decode_bytes = self._shared_bytes(tables.levels.size)
+        self._encode_blocks = self._blocks(0)
+        self._device = self._runtime.device
+        self._message_shape = (plan.message_bytes,)
+        slices = [segment.slice for segment in plan.segments]
+        self._forms_on_device = [((part.length,), part.dtype, self._device, True) for part in slices]
         self._plan_record = self._runtime.upload(self._describe_plan(0))
+        self._plan_address = self._plan_record.data_ptr()
+        self._runtime.synchronise()  # so that calls on other streams find the tables
 
     def encode(
         self, values: Sequence[torch.Tensor], context: MessageContext, out: torch.Tensor | None = None
@@ -234,20 +222,22 @@ class DeviceCodec(Codec):
         message = self._new(self.plan.message_bytes, torch.uint8) if out is None else out
         self._check_message_buffer(message, PlanError)
         key = context.key()
-        is_stratified = key.strata > 1
+        words: tuple[int, ...] = (key.first, key.second)
+        name = "encode"
+        if key.strata > 1 or self._rotates:
+            words += (key.common_first, key.common_second, key.position, key.strata)
+            name = "encode_rotated" if self._rotates else "encode_stratified"
         arguments = (
-            self._plan_record.data_ptr(),
-            self._header(context).data_ptr(),
+            self._plan_address,
+            self._header(context),
             self._values.address,
             message.data_ptr(),
             self._step_address(),
-            *(int(word) for word in (key.words if is_stratified or self._rotates else key.words[:2])),
-            *(self._rotation_words(context)),
+            *words,
+            *self._rotation_words(context),
             context.counter & _MASK32,
         )
-        name = "encode_stratified" if is_stratified else "encode"
-        name = "encode_rotated" if self._rotates else name
-        self._runtime.launch(name, self._blocks(0), self._shared_bytes(self._host_tables.rounding.size), arguments)
+        self._runtime.launch(name, self._encode_blocks, self._encode_bytes, arguments)
         return message
 
     def decode_mean(
@@ -284,21 +274,19 @@ class DeviceCodec(Codec):
         if self._rotates and not have_one_rotation(contexts):
             raise PlanError("every rank has a rotation of its own: decode each alone, and sum with `codec.combined`")
         self._place_senders(messages, contexts)
-        assert self._senders is not None
         arguments = (
-            self._plan_record.data_ptr(),
-            self._senders.data_ptr(),
+            self._plan_address,
+            self._senders_address,
             len(messages),
             self._results.address,
             self._step_address(),
-            *(self._rotation_words(contexts[0])),
+            *self._rotation_words(contexts[0]),
             contexts[0].counter & _MASK32,
             float(np.float32(1.0 / len(messages) if scale is None else scale)),
             self._pieces,
         )
-        shared_bytes = self._shared_bytes(self._host_tables.levels.size)
         name = "decode_mean_rotated" if self._rotates else "decode_mean"
-        self._runtime.launch(name, self._blocks(self._pieces * len(messages)), shared_bytes, arguments)
+        self._runtime.launch(name, self._blocks(self._pieces * len(messages)), self._decode_bytes, arguments)
         return list(out)
 
     def check(self) -> None:
@@ -307,12 +295,12 @@ class DeviceCodec(Codec):
         Raises:
             WireError: naming the first field that differs.
         """
-        record = self._status[0]
-        if not record["refused"]:
+        if not self._refused[0]:
             return
+        record = self._status[0]
         sender = int(record["sender"])
         received, expected = record["received"].tobytes(), record["expected"].tobytes()
-        record["refused"] = 0
+        self._refused[0] = 0
         words = np.frombuffer(expected, dtype="<u4")
         header = Header(expected[8:16], *(int(word) for word in words[4:8]))
         source = self._senders_key[sender][2] if sender < len(self._senders_key) else sender
@@ -336,8 +324,8 @@ class DeviceCodec(Codec):
         lengths = [sum(s.slice.length for s in self.plan.segments if s.slice.codebook == key) for key in keys]
         gathered = self._runtime.upload(empty_records(lengths))
         for is_first in (1, 0):
-            arguments = (self._plan_record.data_ptr(), self._values.address, gathered.data_ptr(), is_first)
-            self._runtime.launch("gather_statistics", self._blocks(0), 0, arguments)
+            arguments = (self._plan_address, self._values.address, gathered.data_ptr(), is_first)
+            self._runtime.launch("gather_statistics", self._encode_blocks, 0, arguments)
         return histograms(gathered.cpu().numpy().view(GATHERED), keys)
 
     def stage(self, context: MessageContext) -> None:
@@ -359,18 +347,22 @@ class DeviceCodec(Codec):
 
     def _rotation_words(self, context: MessageContext) -> tuple[int, ...]:
         """Arguments of the kernels that rotate; none for the others."""
-        return tuple(int(word) for word in context.rotation_key().words) if self._rotates else ()
+        if not self._rotates:
+            return ()
+        key = context.rotation_key()
+        return key.first, key.second
 
     def _shared_bytes(self, table_floats: int) -> int:
         return 4 * (table_floats + self._host_tables.rotated * WARPS)
 
-    def _header(self, context: MessageContext) -> torch.Tensor:
-        """The header of a context without counter and checksum, on the device."""
+    def _header(self, context: MessageContext) -> int:
+        """Address on the device of the header of a context without counter and checksum."""
         key = (context.registry_version, context.phase, context.source, context.destination)
-        if key not in self._headers:
+        found = self._headers.get(key)
+        if found is None:
             _refuse_capture(self._runtime)
-            self._headers[key] = self._runtime.upload(self._header_words(context, 0))
-        return self._headers[key]
+            found = self._headers[key] = self._runtime.upload(self._header_words(context, 0))
+        return found.data_ptr()
 
     def _header_words(self, context: MessageContext, counter: int) -> npt.NDArray[np.uint32]:
         header = Header.expected(self._digest, context, self.plan.payload_bytes, 0)
@@ -396,6 +388,7 @@ class DeviceCodec(Codec):
             record["header"] = self._header_words(context, context.counter - first)
         if self._senders is None or self._senders.numel() != records.nbytes:
             self._senders = self._runtime.upload(records)
+            self._senders_address = self._senders.data_ptr()
             self._totals = self._runtime.upload(np.zeros(len(messages), dtype=np.uint64))
             self._plan_record = self._runtime.upload(self._describe_plan(self._totals.data_ptr()), self._plan_record)
         else:
@@ -404,9 +397,9 @@ class DeviceCodec(Codec):
 
     def _check_message_buffer(self, message: torch.Tensor, error: type[PlanError] | type[WireError]) -> None:
         if (
-            message.shape != (self.plan.message_bytes,)
+            message.shape != self._message_shape
             or message.dtype != torch.uint8
-            or message.device != self._runtime.device
+            or message.device != self._device
             or not message.is_contiguous()
             or message.data_ptr() % 16
         ):
@@ -416,20 +409,17 @@ class DeviceCodec(Codec):
             )
 
     def _check_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        found = [(tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in tensors]
+        if found == self._forms_on_device:
+            return
         if len(tensors) != len(self.plan.segments):
             raise PlanError(f"{len(tensors)} tensors for a plan of {len(self.plan.segments)} segments")
-        for segment, tensor in zip(self.plan.segments, tensors, strict=True):
-            wanted = segment.slice
-            if (
-                tensor.shape != (wanted.length,)
-                or tensor.dtype != wanted.dtype
-                or tensor.device != self._runtime.device
-                or not tensor.is_contiguous()
-            ):
-                raise PlanError(
-                    f"parameter {wanted.parameter!r}: the plan has a contiguous {wanted.dtype} [{wanted.length}] on "
-                    f"{self._runtime.device}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-                )
+        index = next(n for n, form in enumerate(found) if form != self._forms_on_device[n])
+        wanted, tensor = self.plan.segments[index].slice, tensors[index]
+        raise PlanError(
+            f"parameter {wanted.parameter!r}: the plan has a contiguous {wanted.dtype} [{wanted.length}] on "
+            f"{self._device}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        )
 
     def _step_address(self) -> int:
         return self._step.data_ptr() if self._runtime.is_capturing() else 0

@@ -1,8 +1,9 @@
 """The CUDA kernels without a GPU: what NVVM and ptxas make of them, and that the PTX computes the codec's bits.
 
 Every kernel is compiled for compute capability 8.0 and 9.0 and assembled. The compiled PTX then runs on
-`ptx_machine.py` (NumPy, real memory, strict bounds and alignment) and must equal the CPU codec bit for bit. Left to the
-tests with the marker `gpu`: what ptxas makes of the PTX, races between blocks, Numba's launch, streams, CUDA graphs.
+`ptx_machine.py` (NumPy, real memory, strict bounds and alignment) and must equal the CPU codec bit for bit. The host's
+side of a launch is `test_cuda_launch.py`'s. Left to the tests with the marker `gpu`: what ptxas makes of the PTX, races
+between blocks, streams, CUDA graphs.
 """
 
 import re
