@@ -17,7 +17,7 @@ from qoda_kernels.codebook import ROWS
 from qoda_kernels.dither import FIRST_MULTIPLIER, SECOND_MULTIPLIER, WEYL_MULTIPLIER
 from qoda_kernels.kernel_constants import ROUNDING_BITS
 from qoda_kernels.rotation import LANES
-from qoda_kernels.vectors import Floats, Words, look_up, look_up_pairs
+from qoda_kernels.vectors import Floats, Table, Words, look_up, look_up_pairs
 
 UNIFORM, MINIMUM, CELLS, SEARCH = range(4)  # how a position is found; see `cpu.KernelTable`
 GROUP = 32  # floats that `largest_magnitude` and `add_squares` take at a time
@@ -397,7 +397,7 @@ def _codes(values: Words, raised: Words, bits: int, shift: int, is_bounded: bool
 
 
 def _nearest_codes(
-    rounding: _Rounding, positions: list[Floats], places: list[Any], level_table: Any, bits: int, shift: int
+    rounding: _Rounding, positions: list[Floats], places: list[Any], level_table: Table, bits: int, shift: int
 ) -> tuple[Words, Words]:
     """Codes of rows 0-3 and of rows 4-7; replaces coordinates by their magnitudes times the levels of the codes."""
     builder, count = positions[0].builder, positions[0].count
@@ -408,7 +408,7 @@ def _nearest_codes(
         code = _codes(values, rounding.raised(positions[row], start), bits, shift, is_bounded=False)
         half = row // (ROWS // 2)
         words[half] = words[half].shifted_in(code, bits)
-        level = look_up(level_table, (code & 0x7FFFFFFF) >> (32 - bits))
+        level = level_table.look_up(code >> (32 - bits))
         ((values & 0x7FFFFFFF).as_floats() * level).store(places[row])
     return words[0], words[1]
 
@@ -472,7 +472,7 @@ def encode_tile(
         bits, lanes, shift, method, is_stratified, is_limited, is_nearest = literals
         source, target, weyl, row_weyl, key, high_share, scale, limit, lines, levels, cells, magnitudes = arguments[:12]
         key, cells = (builder.inttoptr(address, _WORD.as_pointer()) for address in (key, cells))
-        lines, levels, level_table = (
+        lines, levels, magnitude_pointer = (
             builder.inttoptr(address, _FLOAT.as_pointer()) for address in (lines, levels, magnitudes)
         )
         first, common_first = (builder.add(_scalar(builder, key, n), high_share) for n in (0, 2))
@@ -488,6 +488,7 @@ def encode_tile(
                 magnitudes = [magnitude.minimum(limits) for magnitude in magnitudes]
             positions = rounding.positions(magnitudes)
             if is_nearest:
+                level_table = Table(context, builder, magnitude_pointer, bits - 1)
                 code_words = _nearest_codes(rounding, positions, places, level_table, bits, shift)
                 for index in range(bits):
                     plane = _plane(*code_words, index, bits)
@@ -540,27 +541,27 @@ def decode_tile(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits, lanes, is_first = literals
         source, target = arguments[:2]
-        norms = Floats.filled(builder, arguments[2], lanes)
-        table = builder.inttoptr(arguments[3], _FLOAT.as_pointer())
-        low = high = Words.multiples(builder, 0, lanes)
-        middle = 4 * bits
-        for index in range(bits):
-            byte = Words.load_bytes(builder, _moved(builder, source, index * lanes), lanes)
-            begin = 8 * index
-            if begin < middle:
-                low = low | (byte << begin)
-            if begin >= middle:
-                high = high | (byte << (begin - middle))
-            elif begin + 8 > middle:
-                high = high | (byte >> (middle - begin))
-        for row in range(ROWS):
-            word = low if row < ROWS // 2 else high
-            code = (word >> (row % (ROWS // 2) * bits)) & ((1 << bits) - 1)
-            value = norms * look_up(table, code)
-            place = _moved(builder, target, 4 * row * lanes)
-            if not is_first:
-                value = Floats.load(builder, place, lanes) + value
-            value.store(place)
+        norms = Floats.filled(builder, arguments[2], _WIDTH)
+        table = Table(context, builder, builder.inttoptr(arguments[3], _FLOAT.as_pointer()), bits)
+        for first in range(0, lanes, _WIDTH):
+            low = high = Words.multiples(builder, 0, _WIDTH)
+            middle = 4 * bits
+            for index in range(bits):
+                byte = Words.load_bytes(builder, _moved(builder, source, index * lanes + first), _WIDTH)
+                begin = 8 * index
+                if begin < middle:
+                    low = low | (byte << begin)
+                if begin >= middle:
+                    high = high | (byte << (begin - middle))
+                elif begin + 8 > middle:
+                    high = high | (byte >> (middle - begin))
+            for row in range(ROWS):
+                word = low if row < ROWS // 2 else high
+                value = norms * table.look_up(word >> (row % (ROWS // 2) * bits))
+                place = _moved(builder, target, 4 * (row * lanes + first))
+                if not is_first:
+                    value = Floats.load(builder, place, _WIDTH) + value
+                value.store(place)
         return context.get_dummy_value()
 
     return types.void(types.uint64, types.uint64, types.float32, types.uint64, bits, lanes, is_first), generate
