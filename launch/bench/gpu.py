@@ -2,12 +2,14 @@
 """How fast is the CUDA codec? Beside the device-to-device copy, torch-operator QSGD, bitsandbytes and an fp16 cast.
 
 Needs a CUDA GPU. Prints one table: medians in microseconds, and for encoding and decoding the share of the copy's
-bandwidth (bytes read and written in a second). Times are from CUDA events around many calls; "host" is the time that
-one call of encode and decode takes before it returns.
+bandwidth (bytes read and written in a second). Times are from CUDA events around many calls, so those of small sizes are
+times between launches. "host" is the time until a call returns, with an idle device; a step encodes one message and
+decodes and averages several.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import statistics
 import sys
@@ -113,17 +115,24 @@ def measure_codec(
     contexts = [MessageContext(0, 0, rank, 0, 0, rank, 0) for rank in range(arguments.senders)]
     messages = [codec.encode(values, context) for context in contexts]
     out = torch.empty_like(messages[0])
+    counters = itertools.count(1)
 
     def encode() -> None:
-        codec.encode(values, contexts[0], out)
+        codec.encode(values, MessageContext(0, next(counters), 0, 0, 0, 0, 0), out)
 
     def decode() -> None:
         codec.decode_mean(messages, contexts, results)
 
+    def step() -> None:
+        encode()
+        decode()
+
     rows = []
+    encoded, decoded = 4 * offset + plan.message_bytes, 4 * offset + arguments.senders * plan.message_bytes
     for operation, call, moved in (
-        ("encode", encode, 4 * offset + plan.message_bytes),
-        (f"decode and average {arguments.senders}", decode, 4 * offset + arguments.senders * plan.message_bytes),
+        ("encode", encode, encoded),
+        (f"decode and average {arguments.senders}", decode, decoded),
+        ("step", step, encoded + decoded),
     ):
         time_on_device = microseconds(call, arguments.repeats)
         share = moved / time_on_device / bandwidth
@@ -152,9 +161,11 @@ def measure_rivals(size: str, values: torch.Tensor, repeats: int) -> list[Row]:
     ]
     try:
         from bitsandbytes import functional
-    except ImportError:
+
+        time_on_device = microseconds(lambda: functional.quantize_blockwise(values), repeats)
+    except (ImportError, RuntimeError) as error:  # not installed, or not built for this version of CUDA
+        print(f"no figure for bitsandbytes: {error}", file=sys.stderr)
         return rows
-    time_on_device = microseconds(lambda: functional.quantize_blockwise(values), repeats)
     return [*rows, Row(size, "bitsandbytes blockwise 8-bit", time_on_device, None)]
 
 
