@@ -293,7 +293,7 @@ class GradientReducer:
         if self.config.error_feedback:
             flags = all_gather_array(self.transport, np.array([self._is_finite]), "ds_plugin.finite")
             if not flags.all():
-                self._session.arrived(torch.tensor(float("inf")))
+                self._session.arrived(torch.tensor(float("inf"), device="cpu"))
         self._is_finite = True
 
     def _transport(self, group: Any) -> TorchTransport:

@@ -58,8 +58,8 @@ class CodedAllGatherExchange(AllGatherExchange):
         threads: WorkerThreads | None = None,
     ) -> None:
         self._sizes: Handle | None = None
-        self._size_message = torch.empty(0, dtype=torch.uint8)
-        self._sent = torch.empty(0, dtype=torch.uint8)
+        self._size_message = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._sent = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._failure: WireError | None = None
         super().__init__(plan, codebooks, transport, name, threads)
 
@@ -73,9 +73,9 @@ class CodedAllGatherExchange(AllGatherExchange):
         """See `Exchange`."""
         super().use_codebooks(codebooks)
         self._coded = CodedMessages(self._share.codec, codebooks)
-        self._buffer = torch.empty(self._coded.maximum_bytes, dtype=torch.uint8)
+        self._buffer = torch.empty(self._coded.maximum_bytes, dtype=torch.uint8, device="cpu")
         size = self.plan.message_bytes
-        self._restored = [torch.empty(size, dtype=torch.uint8) for _ in range(self._transport.size)]
+        self._restored = [torch.empty(size, dtype=torch.uint8, device="cpu") for _ in range(self._transport.size)]
 
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""

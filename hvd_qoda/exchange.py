@@ -156,7 +156,7 @@ class AllGatherExchange:
         self.waiting_for = f"{name}.all_gather"
         self._transport = transport
         self._threads = threads
-        self._message = torch.empty(0, dtype=torch.uint8)
+        self._message = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._handle: Handle | None = None
         self._stamp = Stamp(0, 0, 0)
         self.use_codebooks(codebooks)

@@ -55,7 +55,7 @@ class GradientCodec(Codec):
         """
         found = self._on_device_of(values)
         if found is not None:
-            message = torch.empty(self.plan.message_bytes, dtype=torch.uint8) if out is None else out
+            message = torch.empty(self.plan.message_bytes, dtype=torch.uint8, device="cpu") if out is None else out
             found.encode(values, context, message)
             return message
         staged = _on_cpu(values)

@@ -169,7 +169,7 @@ def _measure_overlap(
         begin = time.perf_counter()
         if sent_bytes:
             sizes = [sent_bytes // (transport.size - 1)] * transport.size
-            sent = torch.zeros(sizes[0], dtype=torch.uint8)
+            sent = torch.zeros(sizes[0], dtype=torch.uint8, device="cpu")
             handle = transport.start_all_gather(sent, sizes, f"{name}.beside")
         for _ in range(encodings):
             codec.encode([gradient], context, message)
@@ -196,7 +196,7 @@ def _kinds(transport: ReducingTransport, hosts: Hosts | None, device: torch.devi
     others = max(1, size - 1)
 
     # Neither zeros nor equal on all ranks: hosts convert and round 16-bit values with branches that depend on them.
-    gaussian = torch.randn(_GAUSSIAN_VALUES, generator=torch.Generator().manual_seed(transport.rank))
+    gaussian = torch.randn(_GAUSSIAN_VALUES, generator=torch.Generator().manual_seed(transport.rank), device="cpu")
 
     def elements(sent: int) -> int:
         return max(1, sent * size // (2 * others * 4))
@@ -205,7 +205,7 @@ def _kinds(transport: ReducingTransport, hosts: Hosts | None, device: torch.devi
         return gaussian.to(dtype).repeat(-(-count // _GAUSSIAN_VALUES))[:count].to(device)
 
     def message(sent: int) -> torch.Tensor:
-        return torch.zeros(sent // others, dtype=torch.uint8)
+        return torch.zeros(sent // others, dtype=torch.uint8, device="cpu")
 
     def all_gather(own: torch.Tensor, name: str) -> Handle:
         return transport.start_all_gather(own, [own.numel()] * size, name)
@@ -236,7 +236,7 @@ def _all_to_all(name: str, transport: Transport) -> _Kind:
     others = max(1, transport.size - 1)
 
     def make(sent: int) -> torch.Tensor:
-        return torch.zeros(sent // others * transport.size, dtype=torch.uint8)
+        return torch.zeros(sent // others * transport.size, dtype=torch.uint8, device="cpu")
 
     def start(message: torch.Tensor, name: str) -> Handle:
         shares = [message.numel() // transport.size] * transport.size
@@ -357,7 +357,7 @@ def _codec_for(
     """A codec, a gradient for it, and the context of its first message."""
     books = {"measured": codebook}
     plan = MessagePlan.build([Slice("measured", 0, elements, torch.float32, "measured", 0)], books)
-    gradient = torch.randn(elements, generator=torch.Generator().manual_seed(0))
+    gradient = torch.randn(elements, generator=torch.Generator().manual_seed(0), device="cpu")
     return GradientCodec(plan, books, threads), gradient, _STAMP.context(0, 0, 0)
 
 

@@ -257,7 +257,7 @@ def empty_tensors(plan: MessagePlan, device: torch.device = _CPU) -> list[torch.
 
 def empty_message(size: int) -> torch.Tensor:
     """Host memory for so many bytes of messages; page-locked where the process uses CUDA, for fast copies."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_initialized())
 
 
 def beside(tensors: list[torch.Tensor], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

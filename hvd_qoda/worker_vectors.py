@@ -91,7 +91,7 @@ class WorkerVectors:
             parts.update(zip(_parameters(vector), (part.view(-1) for part in vector.decode()), strict=True))
         if parts:
             self._previous = {
-                key: ExactVector(tuple(parts.get(n, torch.zeros(sizes[n])) for n in names), tuple(names))
+                key: ExactVector(tuple(parts.get(n, torch.zeros(sizes[n], device="cpu")) for n in names), tuple(names))
                 for key, names in contents.items()
             }
 

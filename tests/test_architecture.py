@@ -38,6 +38,19 @@ TOP_LEVEL = {
     "pyproject.toml",
     "tests",
 }
+CONSTRUCTORS = {
+    "arange",
+    "empty",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "tensor",
+    "zeros",
+}
 HOSTS = ("horovod", "deepspeed", "wandb", "tensorboard")
 
 
@@ -78,6 +91,23 @@ def test_the_kernels_import_numpy_numba_and_torch_only() -> None:
     allowed = KERNELS_MAY_IMPORT | set(sys.stdlib_module_names)
     wrong = [
         f"{path}: {module}" for path, module in imports_of_room("qoda_kernels") if module.split(".")[0] not in allowed
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "launch"])
+def test_new_tensors_say_on_which_device(room: str) -> None:
+    """After `torch.set_default_device("cuda")` those that do not would be where nobody expects them."""
+    wrong = [
+        f"{path}:{node.lineno}"
+        for path in ROOMS[room].rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in CONSTRUCTORS
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "torch"
+        and all(keyword.arg != "device" for keyword in node.keywords)
     ]
     assert wrong == []
 

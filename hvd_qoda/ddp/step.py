@@ -38,7 +38,9 @@ class Arrived:
             devices=[buffer.device] if on_device else None
         )
         # The gradients are ready on the stream that is current here, in DDP's thread.
-        self._ready = torch.get_device_module(buffer.device).current_stream().record_event() if on_device else None
+        self._ready = (
+            torch.get_device_module(buffer.device).current_stream(buffer.device).record_event() if on_device else None
+        )
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """By parameter: contiguous 1-D tensors where they are coded, to be read and overwritten with the mean."""

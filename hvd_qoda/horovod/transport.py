@@ -96,7 +96,7 @@ class HorovodTransport:
     def begin_roll_call(self) -> None:
         """Start the roll call that is required, if there is one; else the next collective does so."""
         if self._next_roll_call is not None:
-            ones = torch.ones(1)
+            ones = torch.ones(1, device="cpu")
             self.meter.all_reduce(ones.nbytes, self.size)
             self._roll_call = hvd.allreduce_async_(ones, name=self._next_roll_call, op=hvd.Sum)
             self._next_roll_call = None
@@ -124,7 +124,7 @@ class HorovodTransport:
     ) -> Handle:
         """See `hvd_qoda.transport.Transport`."""
         self.meter.all_to_all(send_bytes, self.rank)
-        splits = torch.tensor(send_bytes, dtype=torch.int32)
+        splits = torch.tensor(send_bytes, dtype=torch.int32, device="cpu")
         return self._start(
             lambda: hvd.alltoall_async(message, splits=splits, name=name, process_set=self._process_set),
             f"all-to-all {name!r}",

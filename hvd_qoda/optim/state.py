@@ -40,7 +40,7 @@ def zeros_of_state(parameter: torch.Tensor) -> torch.Tensor:
 
 def new_step_counter() -> torch.Tensor:
     """A counter at 0: int64, no dimensions, on the CPU whatever the device of the parameter."""
-    return torch.zeros((), dtype=torch.int64)
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 class EagerStateOptimizer(Optimizer):

@@ -118,7 +118,7 @@ class Codec:
             PlanError: when the tensors do not fit the plan.
         """
         self._check_tensors(values)
-        message = torch.empty(self.plan.message_bytes, dtype=torch.uint8) if out is None else out
+        message = torch.empty(self.plan.message_bytes, dtype=torch.uint8, device="cpu") if out is None else out
         if _form(message) != self._message_form:
             raise PlanError(f"the message buffer must be a contiguous CPU uint8 [{self.plan.message_bytes}]")
         key = context.key()
@@ -160,7 +160,7 @@ class Codec:
                 f"{len(messages)} messages and {len(contexts)} contexts; there must be one context a message"
             )
         self._check_messages(messages, contexts)
-        results = [torch.empty(length, dtype=dtype) for length, dtype in self._wanted] if out is None else list(out)
+        results = self._new_results() if out is None else list(out)
         self._check_tensors(results)
         factor = 1.0 / len(messages) if scale is None else scale
         if self._rotates and not have_one_rotation(contexts):
@@ -178,7 +178,7 @@ class Codec:
         out: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Sum of checked messages that have one rotation, times a scale."""
-        results = [torch.empty(length, dtype=dtype) for length, dtype in self._wanted] if out is None else out
+        results = self._new_results() if out is None else out
         factor = float32_bits(scale)
         rotation = contexts[0].rotation_key().packed if self._rotates else 0
         received, written = [[tensor.data_ptr() for tensor in tensors] for tensors in (messages, results)]
@@ -267,6 +267,9 @@ class Codec:
             return TaskRow(tasks.ROTATED, kernel, group.parts, scalars, levels=levels[group.codebook])
 
         return TaskTable([row(group) for group in self._groups])
+
+    def _new_results(self) -> list[torch.Tensor]:
+        return [torch.empty(length, dtype=dtype, device="cpu") for length, dtype in self._wanted]
 
     def _check_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         forms = [_form(tensor) for tensor in tensors]

@@ -89,7 +89,7 @@ def _decoded(
     # Each in memory of its own, at a multiple of 16 bytes.
     placed = [runtime.upload(message.numpy()) for message in messages]
     slices = [segment.slice for segment in codec.plan.segments]
-    results = [_shifted(torch.zeros(part.length, dtype=part.dtype), runtime.device) for part in slices]
+    results = [_shifted(torch.zeros(part.length, dtype=part.dtype, device="cpu"), runtime.device) for part in slices]
     codec.decode_mean(placed, contexts, results)
     runtime.synchronise()
     return results
@@ -117,12 +117,12 @@ def _values(plan: MessagePlan, codebooks: Mapping[str, Codebook], seed: int) -> 
     tensors = []
     for segment in plan.segments:
         part, book = segment.slice, codebooks[segment.slice.codebook]
-        values = torch.randn(part.length, generator=generator) ** 3
+        values = torch.randn(part.length, generator=generator, device="cpu") ** 3
         values[::7] = 0.0
         size = book.bucket_size
         values[size : 2 * size] *= 1e-4
         if not book.is_exact and part.length > 2 * size:  # the bits of a NaN that is added up are the processor's
-            values[2 * size + 3 : 2 * size + 5] = torch.tensor([float("nan"), float("inf")])
+            values[2 * size + 3 : 2 * size + 5] = torch.tensor([float("nan"), float("inf")], device="cpu")
         tensors.append(values.to(part.dtype))
     return tensors
 

@@ -86,7 +86,7 @@ class CudaRuntime:
 
     def host_visible(self, size: int) -> torch.Tensor:
         """Zeroed page-locked memory, which has the same address on the device."""
-        return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+        return torch.zeros(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def launch(self, name: str, blocks: int, shared_bytes: int, arguments: tuple[int | float, ...]) -> None:
         """Start a kernel on torch's current stream."""

@@ -2,7 +2,7 @@
 """How fast is the CUDA codec? Beside the device-to-device copy, torch-operator QSGD, bitsandbytes and an fp16 cast.
 
 Needs a CUDA GPU. Prints one table: medians in microseconds, and for encoding and decoding the share of the copy's
-bandwidth (bytes read and written in a second). Times are from CUDA events around many calls, so those of small sizes are
+bandwidth (bytes read and written in a second). Times are from CUDA events around many calls: those of small sizes are
 times between launches. "host" is the time until a call returns, with an idle device; a step encodes one message and
 decodes and averages several.
 """
