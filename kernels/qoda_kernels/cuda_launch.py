@@ -17,6 +17,7 @@ from qoda_kernels.errors import KernelError
 
 _LOG = logging.getLogger(__name__)
 _SLOT = 8  # bytes of an argument, whatever its type
+_LOADING = threading.Lock()  # Numba fails where two threads use a device for the first time at once
 
 
 class CudaKernel:
@@ -43,8 +44,8 @@ class CudaKernel:
         _LOG.info("compiling CUDA kernel %s for device %d (once; kept on disk)", name, device_index)
         with numba_cuda.gpus[device_index]:  # makes the device's primary context, which is torch's, the thread's
             dispatcher = numba_cuda.jit(signature, cache=True, launch_bounds=kernels.LAUNCH_BOUNDS.get(name))(function)
-            compiled = dispatcher.overloads[signature.args]
-            self._function = int(compiled._codelibrary.get_cufunc().handle)
+            self._compiled = dispatcher.overloads[signature.args]  # loaded as long as this lives
+            self._function = int(self._compiled._codelibrary.get_cufunc().handle)
             self._context = self._checked(driver.cuCtxGetCurrent())
         _LOG.info("CUDA kernel %s is ready after %.1f s", name, time.perf_counter() - begin)
         formats = {"uint64": "Q", "uint32": "I4x", "float32": "f4x"}
@@ -95,7 +96,12 @@ class CudaKernel:
         return int(returned[1]) if len(returned) > 1 else None
 
 
-@cache
 def cuda_kernel(name: str, device_index: int) -> CudaKernel:
     """A kernel of `cuda.SIGNATURES` on a device, compiled at its first use."""
+    with _LOADING:
+        return _loaded(name, device_index)
+
+
+@cache
+def _loaded(name: str, device_index: int) -> CudaKernel:
     return CudaKernel(name, device_index)

@@ -11,14 +11,14 @@
 
 namespace {
 
-constexpr int success = 0, invalid_value = 1, invalid_device = 101, invalid_context = 201, not_found = 500;
+constexpr int success = 0, invalid_value = 1, invalid_device = 101, invalid_context = 201, invalid_handle = 400, not_found = 500;
 constexpr int devices = 2;
 
 struct Context { int device; };
 Context contexts[devices] = {{0}, {1}};
 thread_local std::vector<Context*> current;  // the thread's stack
 
-struct Library { std::string image; std::string kernel; };
+struct Library { std::string image; std::string kernel; bool is_loaded = true; };
 std::string record;
 
 int attribute_of_device(int attribute) {
@@ -77,7 +77,7 @@ int cuLibraryLoadData(Library** library, const char* image, void*, void*, unsign
     *library = new Library{std::string(image, headers + size_t(size) * count), ""};
     return success;
 }
-int cuLibraryUnload(Library*) { return success; }
+int cuLibraryUnload(Library* library) { library->is_loaded = false; return success; }
 int cuLibraryGetKernel(Library** kernel, Library* library, const char* name) {
     library->kernel = name;
     *kernel = library;
@@ -88,6 +88,7 @@ int cuKernelGetAttribute(int* value, int, void*, int) { *value = 64; return succ
 int cuLaunchKernel(Library* kernel, unsigned grid, unsigned, unsigned, unsigned block, unsigned, unsigned,
                    unsigned shared, void* stream, void** parameters, void**) {
     if (current.empty()) return invalid_context;
+    if (!kernel->is_loaded) return invalid_handle;
     if (shared > unsigned(attribute_of_device(8))) return invalid_value;
     char text[128];
     snprintf(text, sizeof text, " device %d grid %u block %u shared %u stream %lu", current.back()->device, grid, block,

@@ -6,13 +6,13 @@ where the kernel reads them, and that launches need no current context and leave
 """
 
 import ctypes
+import gc
 import os
 import shutil
 import struct
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,9 +62,14 @@ def launch_and_look() -> None:
     def context() -> int:
         return int(driver.cuCtxGetCurrent()[1])
 
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: cuda_kernel("decode_mean", 0), range(2))
+    assert first is second
+    gc.collect()  # Numba must not unload it
     check(0)
     assert context() == 0  # a thread that had no context has none afterwards
-    in_another_thread(lambda: check(0))
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(check, 0).result()
     other = driver.cuDevicePrimaryCtxRetain(1)[1]
     driver.cuCtxSetCurrent(other)
     check(0)
@@ -73,22 +78,6 @@ def launch_and_look() -> None:
     with pytest.raises(KernelError, match="refused the kernel decode_mean: CUDA_ERROR"):
         cuda_kernel("decode_mean", 0).launch(1, 10**6, 0, arguments)
     assert context() == int(other)
-
-
-def in_another_thread(call: Callable[[], None]) -> None:
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            call()
-        except Exception as error:  # raised again where the test sees it
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
 
 
 if __name__ == "__main__":

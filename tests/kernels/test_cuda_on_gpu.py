@@ -1,6 +1,7 @@
 """The device codec on a GPU: the same checks as on the PTX machine, and what only a GPU can show."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -134,3 +135,14 @@ def test_on_another_stream() -> None:
         message = codec.encode([values], context())
         torch.cuda.current_stream().synchronize()
     assert torch.equal(message.cpu(), ReferenceCodec(plan, codebooks).encode([values.cpu()], context()))
+
+
+def test_from_a_thread_that_has_not_used_the_gpu() -> None:
+    """A new thread has no current CUDA context until something makes the device's its own."""
+    gpu, codebooks = Gpu(), {"on": Codebook.uniform(4)}
+    plan = checks.plan_of([("on", 3000, torch.float32)], codebooks)
+    codec, values = gpu.codec(plan, codebooks), gpu.place(torch.randn(3000))
+    out = gpu.place(torch.zeros(plan.message_bytes, dtype=torch.uint8))
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(codec.encode, [values], context(), out).result()
+    assert torch.equal(out.cpu(), ReferenceCodec(plan, codebooks).encode([values.cpu()], context()))
