@@ -1,5 +1,6 @@
 """When kernels are compiled: at the first use, once, with a line in the log; never by an import."""
 
+import ast
 import importlib.util
 import logging
 import subprocess
@@ -7,11 +8,15 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from numba import types
 
+import qoda_kernels
 from qoda_kernels import cpu
+from qoda_kernels.compiled_sources import digest_of
 
+KERNELS = Path(qoda_kernels.__file__).parent
 SOURCE = """
 from numba import njit
 
@@ -82,3 +87,47 @@ def test_kernels_are_compiled_anew_when_a_module_that_they_use_changes(monkeypat
 
     assert key_of(1) == key_of(1)
     assert all(one != other for one, other in zip(key_of(1), key_of(2), strict=True))
+
+
+def test_the_digest_tells_of_every_source_and_of_every_constant(tmp_path: Path) -> None:
+    module = ModuleType("module")
+    module.__file__ = str(tmp_path / "module.py")
+    constants = ModuleType("constants")
+    (tmp_path / "folder").mkdir()
+    digests = set()
+    for name, text in (("module.py", "a"), ("module.py", "b"), ("folder/one.py", "a"), ("folder/two.py", "a")):
+        (tmp_path / name).write_text(text)
+        digests.add(digest_of(tmp_path / "folder", [module], [constants]))
+    for value in (1, np.uint32(1), np.uint32(2)):
+        constants.ANSWER = value  # type: ignore[attr-defined]
+        digests.add(digest_of(tmp_path / "folder", [module], [constants]))
+    assert len(digests) == 7
+    constants.function = print  # type: ignore[attr-defined]
+    (tmp_path / "folder" / "text.md").write_text("a")
+    assert digest_of(tmp_path / "folder", [module], [constants]) in digests
+
+
+def test_cuda_kernels_are_kept_in_files_that_bear_their_digest() -> None:
+    """Numba itself goes by the time stamp of the file in which a kernel is written, and by nothing else."""
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
+    from numba.cuda.dispatcher import CUDACache
+
+    from qoda_kernels.cuda import SIGNATURES
+    from qoda_kernels.cuda.compilation import DIGEST
+
+    for name, (function, _) in SIGNATURES.items():
+        assert f".{name}_{DIGEST}-" in CUDACache(function)._cache_file._index_name
+
+
+def test_kernels_take_from_elsewhere_only_what_their_digest_tells_of() -> None:
+    """Code of their folder and of `word32`, and the constants of `kernel_constants` and `records`."""
+    wrong = [
+        f"{path.name}: {node.module}"
+        for path in (KERNELS / "cuda").glob("*.py")
+        if path.name not in ("records.py", "compilation.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("qoda_kernels")
+        if not str(node.module).startswith(("qoda_kernels.cuda", "qoda_kernels.kernel_constants"))
+        if [alias.name for alias in node.names] != ["word32"]
+    ]
+    assert wrong == []

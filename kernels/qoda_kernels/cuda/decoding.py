@@ -11,7 +11,7 @@ from qoda_kernels.cuda.compilation import device, kernel
 from qoda_kernels.cuda.exact import decode_exact
 from qoda_kernels.cuda.norms import load_norm
 from qoda_kernels.cuda.rotation import rotate_back, sign_word
-from qoda_kernels.cuda.threads import is_last_block, own_lane, own_warp, warp_count, warp_maximum
+from qoda_kernels.cuda.threads import WARPS, is_last_block, own_lane, own_warp, warp_count, warp_maximum
 from qoda_kernels.cuda.units import copy_table, count_in_unit, find_segment, place_in_tiles, scratch_of_warp
 from qoda_kernels.cuda.values import fill_with_nan, item_shift, store_if, store_value
 from qoda_kernels.kernel_constants import INFINITY
@@ -232,7 +232,7 @@ def _decode_messages(plan, senders, sender_count, outputs, rotation, counter, sc
             out = memory.load_long(outputs + np.uint64(8) * np.uint64(index))
             number = word32.subtract(unit, memory.load_word(segment + records.FIRST_UNIT))
             fill_with_nan(out, memory.load_word(segment + records.KIND), segment, number)
-            unit = word32.add(unit, np.uint32(records.WARPS))
+            unit = word32.add(unit, np.uint32(WARPS))
 
 
 @kernel

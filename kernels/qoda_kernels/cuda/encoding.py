@@ -17,7 +17,7 @@ from qoda_kernels.cuda.norms import bfloat16_norm, bucket_norm, powers_of_scale,
 from qoda_kernels.cuda.rotation import place_rotated, sign_word
 from qoda_kernels.cuda.rounding import add_levels, clipped, normalised, positions, sign_bits
 from qoda_kernels.cuda.shared_buckets import shared_column, shared_l2_norm, shared_maximum, shared_sum, store_products
-from qoda_kernels.cuda.threads import is_last_block, own_lane, own_warp, warp_count, warp_sum
+from qoda_kernels.cuda.threads import WARPS, is_last_block, own_lane, own_warp, warp_count, warp_sum
 from qoda_kernels.cuda.units import copy_table, count_in_unit, find_segment, place_in_tiles, scratch_of_warp
 from qoda_kernels.cuda.values import item_shift, load_column
 from qoda_kernels.kernel_constants import (
@@ -228,7 +228,7 @@ def _encode_bucket(values, kind, segment, message, number, table, key, rotation)
 def _encode_message(plan, header, values, message, key, rotation, counter):
     """Encode a whole message; a key of a single stratum that is known to the compiler costs nothing."""
     table = cuda.shared.array(0, types.float32)
-    sums = cuda.shared.array(records.WARPS, types.uint64)
+    sums = cuda.shared.array(WARPS, types.uint64)
     copy_table(
         memory.load_long(plan + records.PLAN_ROUNDING), memory.load_word(plan + records.PLAN_ROUNDING_FLOATS), table
     )
@@ -258,7 +258,7 @@ def _encode_message(plan, header, values, message, key, rotation, counter):
     cuda.syncthreads()
     if cuda.threadIdx.x == 0:
         total = np.uint64(0)
-        for warp in range(records.WARPS):
+        for warp in range(WARPS):
             total += sums[warp]
         workspace = memory.load_long(plan + records.PLAN_WORKSPACE)
         memory.atomic_add_long(workspace + records.TOTAL, total)

@@ -8,7 +8,7 @@ from qoda_kernels import word32
 from qoda_kernels.cuda import memory, records
 from qoda_kernels.cuda.compilation import device
 
-THREADS = 32 * records.WARPS  # of a block
+WARPS, THREADS = records.WARPS, 32 * records.WARPS  # of a block
 _ALL_LANES = -1
 
 
@@ -22,13 +22,13 @@ def own_lane():
 def own_warp():
     """Number of this warp in the grid."""
     in_block = word32.shift_right(np.uint32(cuda.threadIdx.x), np.uint32(5))
-    return word32.add(word32.multiply(np.uint32(cuda.blockIdx.x), np.uint32(records.WARPS)), in_block)
+    return word32.add(word32.multiply(np.uint32(cuda.blockIdx.x), np.uint32(WARPS)), in_block)
 
 
 @device
 def warp_count():
     """Number of warps in the grid."""
-    return word32.multiply(np.uint32(cuda.gridDim.x), np.uint32(records.WARPS))
+    return word32.multiply(np.uint32(cuda.gridDim.x), np.uint32(WARPS))
 
 
 @device
