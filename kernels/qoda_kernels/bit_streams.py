@@ -17,6 +17,7 @@ from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 from qoda_kernels.codebook import ROWS
+from qoda_kernels.compilation import cached_kernel
 from qoda_kernels.entropy_reference import CHUNK_SYMBOLS, STREAMS, TAIL_BYTES, codes_per_symbol
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.prefix_codes import MAX_WORD_BITS, UInt32Array
@@ -27,7 +28,6 @@ _STREAM_SYMBOLS = CHUNK_SYMBOLS // STREAMS
 _MAX_STREAM_BYTES = -(-_STREAM_SYMBOLS * MAX_WORD_BITS // 8)
 
 _inline = njit(nogil=True, error_model="numpy")
-_kernel = njit(nogil=True, error_model="numpy", cache=True)
 
 
 @intrinsic
@@ -130,7 +130,7 @@ def _ends_well(data, position, begin, end):  # type: ignore[no-untyped-def]  # N
     return (position & 7) == 0 or (np.int64(data[end - 1]) >> (position & 7)) == 0
 
 
-@_kernel
+@cached_kernel
 def _encode_chunk(symbols, table, out, position, sizes):  # type: ignore[no-untyped-def]  # Numba infers
     """Write the streams of one chunk from byte `position` on and their sizes; returns the byte behind them."""
     share = (symbols.size + STREAMS - 1) // STREAMS
@@ -143,7 +143,7 @@ def _encode_chunk(symbols, table, out, position, sizes):  # type: ignore[no-unty
     return position
 
 
-@_kernel
+@cached_kernel
 def _decode_chunk(data, bounds, table, symbols):  # type: ignore[no-untyped-def]  # Numba infers
     """Decode one chunk; returns the first stream that does not end with its last symbol, or -1.
 
@@ -176,7 +176,7 @@ def _decode_chunk(data, bounds, table, symbols):  # type: ignore[no-untyped-def]
     return -1
 
 
-@_kernel
+@cached_kernel
 def _gather_symbols(packed, lanes, width, rows, symbols):  # type: ignore[no-untyped-def]  # Numba infers
     """Symbols of whole tiles, and perhaps of the last one, from their byte planes.
 
@@ -200,7 +200,7 @@ def _gather_symbols(packed, lanes, width, rows, symbols):  # type: ignore[no-unt
                     target[lane] = np.uint8((lower[lane] >> shift) | (upper[lane] << (8 - shift))) & mask
 
 
-@_kernel
+@cached_kernel
 def _scatter_symbols(symbols, lanes, width, rows, packed):  # type: ignore[no-untyped-def]  # Numba infers
     """Byte planes of whole tiles, and perhaps of the last one, from their symbols; see `_gather_symbols`."""
     packed[:] = np.uint8(0)
@@ -220,7 +220,7 @@ def _scatter_symbols(symbols, lanes, width, rows, packed):  # type: ignore[no-un
                     upper[lane] |= np.uint8(source[lane] >> (8 - shift))
 
 
-@_kernel
+@cached_kernel
 def _encode(packed, lanes, width, rows, table, out, sizes):  # type: ignore[no-untyped-def]  # Numba infers
     """Write all streams of one slice from the first byte of `out` on and their sizes; returns their bytes."""
     count = packed.size * 8 // width
@@ -237,7 +237,7 @@ def _encode(packed, lanes, width, rows, table, out, sizes):  # type: ignore[no-u
     return position
 
 
-@_kernel
+@cached_kernel
 def _decode(data, bounds, lanes, width, rows, table, packed):  # type: ignore[no-untyped-def]  # Numba infers
     """Decode all chunks of one slice; returns the number of the first damaged stream, or -1."""
     count = packed.size * 8 // width
@@ -255,7 +255,7 @@ def _decode(data, bounds, lanes, width, rows, table, packed):  # type: ignore[no
     return -1
 
 
-@_kernel
+@cached_kernel
 def _count_symbols(packed, lanes, width, rows, counts):  # type: ignore[no-untyped-def]  # Numba infers
     """Add the occurrences of each symbol of one slice to counts [4, 2^width], whose rows are to be added up.
 

@@ -25,6 +25,7 @@ from numba.core import event
 
 from qoda_kernels import tiles, word32
 from qoda_kernels.codebook import ROWS
+from qoda_kernels.compilation import cached_kernel
 from qoda_kernels.dither import FIRST_MULTIPLIER, SECOND_MULTIPLIER
 from qoda_kernels.kernel_constants import (
     CHECKSUM,
@@ -87,7 +88,6 @@ def _digest_of_sources() -> int:
 _SOURCES = _digest_of_sources()
 
 _inline = njit(inline="always", nogil=True, error_model="numpy")
-_kernel = njit(nogil=True, error_model="numpy", cache=True)
 
 
 @_inline
@@ -136,7 +136,7 @@ def _rounded_to_bfloat16(value: np.float32) -> np.uint32:
     return word32.shift_right(rounded, np.uint32(16))
 
 
-@_kernel
+@cached_kernel
 def round_values(values: npt.NDArray[np.float32], kind: int, out: npt.NDArray[np.uint16]) -> None:
     """Bits of values rounded to float16 or bfloat16, to nearest even, with one NaN.
 
@@ -153,7 +153,7 @@ def round_values(values: npt.NDArray[np.float32], kind: int, out: npt.NDArray[np
             out[index] = np.uint16(_rounded_to_bfloat16(values[index]))
 
 
-@_kernel
+@cached_kernel
 def widen_values(values: npt.NDArray[np.uint16], kind: int, out: npt.NDArray[np.float32]) -> None:
     """Float32 values of bits of float16 or bfloat16: the inverse of `round_values`, exact."""
     if kind == FLOAT16:
@@ -164,7 +164,7 @@ def widen_values(values: npt.NDArray[np.uint16], kind: int, out: npt.NDArray[np.
             out[index] = word32.float_from_bits(word32.shift_left(np.uint32(values[index]), np.uint32(16)))
 
 
-@_kernel
+@cached_kernel
 def _max_magnitude(address: np.uint64, length: int) -> np.uint32:
     """Largest magnitude of float32 values, as bits; NaN and infinity compare as the largest."""
     groups = length // _GROUP
@@ -177,7 +177,7 @@ def _max_magnitude(address: np.uint64, length: int) -> np.uint32:
     return largest
 
 
-@_kernel
+@cached_kernel
 def _add_in_tree(lanes: npt.NDArray[np.float32]) -> np.float32:
     """Sum of L2_LANES numbers: j with j + 16, then j + 8, ..."""
     width = L2_LANES // 2
@@ -188,7 +188,7 @@ def _add_in_tree(lanes: npt.NDArray[np.float32]) -> np.float32:
     return lanes[0]
 
 
-@_kernel
+@cached_kernel
 def _sum_of_values(address: np.uint64, length: int, lanes: npt.NDArray[np.float32]) -> np.float32:
     """`reference.tree_sum`."""
     lanes[:] = np.float32(0.0)
@@ -200,7 +200,7 @@ def _sum_of_values(address: np.uint64, length: int, lanes: npt.NDArray[np.float3
     return _add_in_tree(lanes)
 
 
-@_kernel
+@cached_kernel
 def _sum_of_squares(address: np.uint64, length: int, scale: np.float32, lanes: npt.NDArray[np.float32]) -> np.float32:
     """`reference.tree_sum` of the squares of values times a scale."""
     lanes[:] = np.float32(0.0)
@@ -219,7 +219,7 @@ def _exponent_of_scale(largest: np.uint32) -> int:
     return min(max(254 - int(largest >> np.uint32(23)), 1), 253)
 
 
-@_kernel
+@cached_kernel
 def _l2_norm(address: np.uint64, length: int, largest: np.uint32, lanes: npt.NDArray[np.float32]) -> np.uint32:
     """Euclidean norm of a finite bucket that is not all zero, as float32 bits (`reference.bucket_norm`)."""
     field = _exponent_of_scale(largest)
@@ -228,7 +228,7 @@ def _l2_norm(address: np.uint64, length: int, largest: np.uint32, lanes: npt.NDA
     return word32.minimum(word32.float_bits(root), LARGEST)
 
 
-@_kernel
+@cached_kernel
 def _fill_signs(weyl: np.uint32, first: np.uint32, second: np.uint32, words: npt.NDArray[np.uint32]) -> None:
     """Hashes of SIGN_LANES neighbouring coordinates (`dither.hash32`), whose bits are signs (`rotation.py`)."""
     for lane in range(words.size):
@@ -240,7 +240,7 @@ def _fill_signs(weyl: np.uint32, first: np.uint32, second: np.uint32, words: npt
         words[lane] = word32.bit_xor(word, word32.shift_right(word, np.uint32(15)))
 
 
-@_kernel
+@cached_kernel
 def _apply_signs(values: npt.NDArray[np.float32], first_bit: int, words: npt.NDArray[np.uint32]) -> None:
     """Give a block of a bucket the signs that begin at a bit of the words."""
     for place in range(values.size):
@@ -250,7 +250,7 @@ def _apply_signs(values: npt.NDArray[np.float32], first_bit: int, words: npt.NDA
         values[place] = word32.float_from_bits(word32.bit_xor(word32.float_bits(values[place]), sign))
 
 
-@_kernel
+@cached_kernel
 def _transform(values: npt.NDArray[np.float32], factor: np.float32) -> None:
     """Walsh-Hadamard transform of a power of two of values, times a factor."""
     distance = values.size // 2
@@ -274,7 +274,7 @@ def _block_size(length):  # type: ignore[no-untyped-def]  # Numba infers
     return power
 
 
-@_kernel
+@cached_kernel
 def _rotate_tail(
     values: npt.NDArray[np.float32],
     weyl: np.uint32,
@@ -304,7 +304,7 @@ def _rotate_tail(
         _transform(block, factors[power])
 
 
-@_kernel
+@cached_kernel
 def _rotate_tail_back(
     values: npt.NDArray[np.float32],
     weyl: np.uint32,
@@ -344,13 +344,13 @@ def _read_norm(address, norm_bytes):  # type: ignore[no-untyped-def]  # Numba in
     return carray(word32.word_pointer(address), (1,), np.uint32)[0]
 
 
-@_kernel
+@cached_kernel
 def _round_to_bfloat16(word: np.uint32) -> np.uint32:
     """A non-negative finite norm as float32 bits, rounded to nearest in bfloat16 (halves up)."""
     return word32.bit_and(word32.add(word, np.uint32(0x8000)), HIGH_HALF)
 
 
-@_kernel
+@cached_kernel
 def _round_up_to_bfloat16(word: np.uint32) -> np.uint32:
     """A non-negative norm as float32 bits, rounded up to bfloat16; NaN for a norm that is not finite."""
     if word >= INFINITY:
@@ -363,7 +363,7 @@ def _bytes_at(address, count):  # type: ignore[no-untyped-def]  # Numba infers
     return carray(word32.byte_pointer(address), (count,), np.uint8)
 
 
-@_kernel
+@cached_kernel
 def _share_of_bytes(message: np.uint64, begin: int, end: int) -> np.uint64:
     """What bytes of a message, one by one, add to its checksum's total."""
     data = _bytes_at(np.uint64(message), end)
@@ -375,7 +375,7 @@ def _share_of_bytes(message: np.uint64, begin: int, end: int) -> np.uint64:
     return total
 
 
-@_kernel
+@cached_kernel
 def sum_bytes(message: np.uint64, begin: int, end: int) -> np.uint64:
     """What a run of bytes adds to the checksum's total: A + CHECKSUM_MULTIPLIER B of `wire.py`, modulo 2^64.
 
@@ -502,7 +502,7 @@ def _compiled(kernel: Any, signature: Any, name: str) -> Kernel:
     return Kernel(address, kernel)
 
 
-@_kernel
+@cached_kernel
 def _clip_values(source: np.uint64, length: int, limit: np.uint32, target: np.uint64) -> None:
     """Copy float32 values, lowering their magnitudes to a limit, given as float32 bits."""
     given = carray(word32.float_pointer(np.uint64(source)), (length,), np.float32)
@@ -513,7 +513,7 @@ def _clip_values(source: np.uint64, length: int, limit: np.uint32, target: np.ui
         clipped[place] = word32.float_from_bits(word32.bit_or(magnitude, word32.bit_and(word, SIGN)))
 
 
-@_kernel
+@cached_kernel
 def _scale_values(source: np.uint64, length: int, factor: np.float32, target: np.uint64) -> None:
     """Copy float32 values, multiplied by a factor; source and target may be the same address."""
     given = carray(word32.float_pointer(np.uint64(source)), (length,), np.float32)
@@ -525,7 +525,7 @@ def _scale_values(source: np.uint64, length: int, factor: np.float32, target: np
 # The last tile of a slice can have fewer lanes; it is worked on as a full one, in scratch memory.
 
 
-@_kernel
+@cached_kernel
 def _spread_rows(source: np.uint64, count: int, tail_lanes: int, lanes: int, target: np.uint64) -> None:
     """Copy the coordinates of a tail, row by row, to a full tile, whose other lanes become 0."""
     given = carray(word32.float_pointer(np.uint64(source)), (count,), np.float32)
@@ -536,7 +536,7 @@ def _spread_rows(source: np.uint64, count: int, tail_lanes: int, lanes: int, tar
             rows[row, lane] = given[row * tail_lanes + lane]
 
 
-@_kernel
+@cached_kernel
 def _join_rows(source: np.uint64, count: int, tail_lanes: int, lanes: int, is_added: bool, target: np.uint64) -> None:
     """Copy the coordinates of a tail from a full tile, or add them to what is there."""
     rows = carray(word32.float_pointer(np.uint64(source)), (ROWS, lanes), np.float32)
@@ -547,7 +547,7 @@ def _join_rows(source: np.uint64, count: int, tail_lanes: int, lanes: int, is_ad
             values[place] = np.float32(values[place] + rows[row, lane]) if is_added else rows[row, lane]
 
 
-@_kernel
+@cached_kernel
 def _copy_planes(
     source: np.uint64, source_lanes: int, bits: int, lanes: int, target: np.uint64, target_lanes: int
 ) -> None:
@@ -667,7 +667,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
     has_strata = int(is_stratified)
     sources = _SOURCES
 
-    @_kernel
+    @cached_kernel
     def encode(  # type: ignore[no-untyped-def]  # Numba infers
         values, parts, message, key, bucket_size, norm_bytes, is_l2, clip, lines, levels, cells
     ):
@@ -825,7 +825,7 @@ def decoder(bits: int, lanes: int, kind: int) -> Kernel:
     item_bytes = 4 if kind == FLOAT32 else 2
     sources = _SOURCES
 
-    @_kernel
+    @cached_kernel
     def decode(messages, results, parts, scale, bucket_size, norm_bytes, levels):  # type: ignore[no-untyped-def]  # Numba infers
         _ = sources
         scratch = np.empty(bucket_size, dtype=np.float32)
@@ -901,7 +901,7 @@ def rotated_encoder(
     whole = bucket_size
     sources = _SOURCES
 
-    @_kernel
+    @cached_kernel
     def encode(  # type: ignore[no-untyped-def]  # Numba infers
         values,
         parts,
@@ -1042,7 +1042,7 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Kernel:
     whole = bucket_size
     sources = _SOURCES
 
-    @_kernel
+    @cached_kernel
     def decode(  # type: ignore[no-untyped-def]  # Numba infers
         messages, results, parts, scale, rotation, bucket_size, norm_bytes, levels, roots
     ):
@@ -1100,7 +1100,7 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Kernel:
     return _compiled(decode, DECODE_ROTATED, f"decodes {bits} bits and rotates back")
 
 
-@_kernel
+@cached_kernel
 def _copy_exact(values, parts, message, item_bytes):  # type: ignore[no-untyped-def]  # Numba infers
     total = np.uint64(0)
     for index in range(parts.shape[0]):
@@ -1125,7 +1125,7 @@ def _value_at(address, kind, place):  # type: ignore[no-untyped-def]  # Numba in
     return word32.float_from_bits(word32.shift_left(half, np.uint32(16)))
 
 
-@_kernel
+@cached_kernel
 def _sum_exact(messages, results, parts, scale, kind):  # type: ignore[no-untyped-def]  # Numba infers
     item_bytes = 8 if kind == FLOAT64 else (4 if kind == FLOAT32 else 2)
     for index in range(parts.shape[0]):

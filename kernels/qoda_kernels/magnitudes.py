@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Self
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from qoda_kernels.compilation import cached_kernel
 from qoda_kernels.elementary import logarithm
 from qoda_kernels.errors import CodebookError, WireError
 from qoda_kernels.levels import Float32Array, Float64Array, quantization_variance
-from qoda_kernels.statistics import PiecewiseUniform
+from qoda_kernels.statistics import Mergeable, PiecewiseUniform
 
 _LOWEST_EXPONENT, _TOP_EXPONENT = 27, 155  # exponent fields of 2**-100 and 2**28
 _MANTISSA_BITS = 3
@@ -48,7 +48,7 @@ EDGES = _edges()
 
 
 @dataclass(frozen=True, eq=False)
-class MagnitudeStatistics:
+class MagnitudeStatistics(Mergeable):
     """Sums over the cells of the grid described at the top of this file.
 
     cells: float64 [2, MAGNITUDE_CELLS, 3], of positive and of negative values: number, sum of |g|, sum of g**2.
@@ -85,10 +85,6 @@ class MagnitudeStatistics:
         for part in parts:
             cells += part.cells
         return cls(cells, sum(part.zeros for part in parts), sum(part.skipped for part in parts))
-
-    def merge(self, other: Self) -> Self:
-        """Statistics of both together."""
-        return self.merge_in_order((self, other))
 
     @classmethod
     def from_array(cls, array: Float64Array) -> Self:
@@ -168,7 +164,7 @@ class MagnitudeStatistics:
         return np.asarray(self.cells[0] + self.cells[1])
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@cached_kernel
 def _gather(values: Float32Array, cells: Float64Array) -> tuple[int, int]:
     """Add 1, |g|, g**2 of every value to its cell; returns (zeros, values that are not finite)."""
     zeros = 0

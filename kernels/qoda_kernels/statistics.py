@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, Protocol, Self
 
-import numba
 import numpy as np
 
+from qoda_kernels.compilation import cached_kernel
 from qoda_kernels.errors import CodebookError, WireError
 from qoda_kernels.levels import Distribution, Float32Array, Float64Array, Moments
 
@@ -93,6 +93,19 @@ class ExchangedStatistics(Protocol):
     def squared_norm(self) -> float:
         """Sum of the squares of all values: what Psi is divided by for a relative error."""
         ...
+
+
+class Mergeable(ABC):
+    """Statistics of two parts are those of a list of them."""
+
+    @classmethod
+    @abstractmethod
+    def merge_in_order(cls, parts: Sequence[Self]) -> Self:
+        """Statistics of all parts together, summed in the order given."""
+
+    def merge(self, other: Self) -> Self:
+        """Statistics of both together."""
+        return self.merge_in_order((self, other))
 
 
 class LevelStatistics(Distribution, ExchangedStatistics, Protocol):
@@ -241,7 +254,7 @@ class _TabulatedDistribution(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class HistogramStatistics(_TabulatedDistribution):
+class HistogramStatistics(Mergeable, _TabulatedDistribution):
     """Sums over the cells of the grid described at the top of this file.
 
     cells: float64 [CELL_COUNT, 3], the sums of w, w u and w u**2, w = squared norm of the coordinate's bucket.
@@ -278,11 +291,7 @@ class HistogramStatistics(_TabulatedDistribution):
         cells = np.zeros((CELL_COUNT, 3))
         for part in parts:
             cells += part.cells
-        return cls(_frozen(cells), sum(p.bucket_count for p in parts), sum(p.skipped_buckets for p in parts))
-
-    def merge(self, other: Self) -> Self:
-        """Statistics of both together."""
-        return self.merge_in_order((self, other))
+        return cls(_frozen(cells), *_bucket_counts(parts))
 
     @classmethod
     def from_array(cls, array: Float64Array) -> Self:
@@ -311,7 +320,7 @@ class HistogramStatistics(_TabulatedDistribution):
 
 
 @dataclass(frozen=True, eq=False)
-class TruncatedNormalStatistics(_TabulatedDistribution):
+class TruncatedNormalStatistics(Mergeable, _TabulatedDistribution):
     """A mixture of normal distributions truncated to [-1, 1], folded to magnitudes: F = sum_n w_n TN(m_n, s_n).
 
     blocks: float64 [n, 3], n <= BLOCK_COUNT: weight, mean and standard deviation of the signed normalised coordinates
@@ -358,11 +367,7 @@ class TruncatedNormalStatistics(_TabulatedDistribution):
         blocks = np.concatenate([np.zeros((0, 3)), *(part.blocks for part in parts)])
         if len(blocks) > BLOCK_COUNT:
             blocks = _join_blocks(blocks)
-        return cls(_frozen(blocks), sum(p.bucket_count for p in parts), sum(p.skipped_buckets for p in parts))
-
-    def merge(self, other: Self) -> Self:
-        """Statistics of both together."""
-        return self.merge_in_order((self, other))
+        return cls(_frozen(blocks), *_bucket_counts(parts))
 
     @classmethod
     def from_array(cls, array: Float64Array) -> Self:
@@ -411,7 +416,7 @@ class TruncatedNormalStatistics(_TabulatedDistribution):
 
 
 @dataclass(frozen=True)
-class NormStatistics:
+class NormStatistics(Mergeable):
     """The squared norm of a layer, over its finite buckets.
 
     squared_norm: sum of the squares of their values. bucket_count: finite buckets; skipped_buckets: the others.
@@ -443,11 +448,7 @@ class NormStatistics:
         total = 0.0
         for part in parts:
             total += part.squared_norm
-        return cls(total, sum(p.bucket_count for p in parts), sum(p.skipped_buckets for p in parts))
-
-    def merge(self, other: Self) -> Self:
-        """Statistics of both together."""
-        return self.merge_in_order((self, other))
+        return cls(total, *_bucket_counts(parts))
 
     @classmethod
     def from_array(cls, array: Float64Array) -> Self:
@@ -460,6 +461,13 @@ class NormStatistics:
     def to_array(self) -> Float64Array:
         """Counters, then the squared norm: float64 [array_length]."""
         return np.array([self.bucket_count, self.skipped_buckets, self.squared_norm], dtype=np.float64)
+
+
+def _bucket_counts(
+    parts: Sequence[HistogramStatistics | TruncatedNormalStatistics | NormStatistics],
+) -> tuple[int, int]:
+    """Finite and skipped buckets of all parts."""
+    return sum(part.bucket_count for part in parts), sum(part.skipped_buckets for part in parts)
 
 
 def _inner_edges() -> Float64Array:
@@ -508,7 +516,7 @@ def _join_blocks(blocks: Float64Array) -> Float64Array:
     return np.stack((total, average, np.sqrt(np.maximum(square - average * average, 0.0))), axis=1)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@cached_kernel
 def _bucket_norm(bucket: Float32Array, use_l2: bool) -> np.float32:
     """Norm of one bucket as float32; NaN or infinity where a value is not finite."""
     if use_l2:
@@ -522,7 +530,7 @@ def _bucket_norm(bucket: Float32Array, use_l2: bool) -> np.float32:
     return np.int32(largest).view(np.float32)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@cached_kernel
 def _gather_cells(values: Float32Array, bucket_size: int, use_l2: bool, cells: Float64Array) -> tuple[int, int]:
     """Add w, w u, w u**2 of every coordinate to its cell; returns (finite buckets, skipped buckets)."""
     finite = 0
@@ -554,7 +562,7 @@ def _gather_cells(values: Float32Array, bucket_size: int, use_l2: bool, cells: F
     return finite, skipped
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@cached_kernel
 def _gather_squares(values: Float32Array, bucket_size: int) -> tuple[float, int, int]:
     """Sum of squares over the finite buckets, one after the other; their number, and that of the others."""
     total = 0.0
@@ -572,7 +580,7 @@ def _gather_squares(values: Float32Array, bucket_size: int) -> tuple[float, int,
     return total, finite, skipped
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@cached_kernel
 def _gather_blocks(
     values: Float32Array, bucket_size: int, use_l2: bool, buckets: int, blocks: Float64Array
 ) -> tuple[int, int]:
@@ -636,7 +644,7 @@ _SQRT_HALF = 0.7071067811865476
 _INVERSE_SQRT_2PI = 0.3989422804014327
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@cached_kernel
 def _normal(x: float) -> tuple[float, float]:
     """Distribution function and density of the standard normal, absolute error about 2e-16, from exact arithmetic."""
     z = abs(x) * _SQRT_HALF
@@ -658,7 +666,7 @@ def _normal(x: float) -> tuple[float, float]:
     return (1.0 - tail if x > 0.0 else tail), _INVERSE_SQRT_2PI * decay
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@cached_kernel
 def _mixture_moments(blocks: Float64Array, points: Float64Array, moments: Float64Array) -> None:
     """Add the folded moments over (0, point] of every truncated normal to moments [3, points]."""
     for block in range(blocks.shape[0]):

@@ -17,6 +17,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from qoda_kernels import cpu, word32
+from qoda_kernels.compilation import cached_kernel
 from qoda_kernels.layout import HEADER_BYTES
 from qoda_kernels.wire import CHECKSUM_OF_ZEROS, HeaderWords
 from qoda_kernels.worker_threads import Task, calls, compiled_task
@@ -55,7 +56,6 @@ _MESSAGE_WORDS = 5
 
 _BYTES = 8  # of a word
 _NO_KEY, _NO_HEADER = (0, 0, 0), (0, 0, 0, 0)
-_kernel = njit(nogil=True, error_model="numpy", cache=True)
 _inline = njit(inline="always", nogil=True, error_model="numpy")
 
 
@@ -238,7 +238,7 @@ def _folded(total):  # type: ignore[no-untyped-def]  # Numba infers
     return (total ^ (total >> np.uint64(32))) & np.uint64(0xFFFFFFFF) ^ np.uint64(CHECKSUM_OF_ZEROS)
 
 
-@_kernel
+@cached_kernel
 def _encode(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     head = _words_at(context, _SOURCES)
     task = _words_at(head[_TABLE] + np.uint64(_BYTES * _TASK_WORDS * index), _TASK_WORDS)
@@ -264,7 +264,7 @@ def _encode(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     return _call_rotated_encoder(task[_KERNEL], (values, parts, message, key, rotation, *codebook))
 
 
-@_kernel
+@cached_kernel
 def _decode(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     head = _words_at(context, _SOURCES)
     task = _words_at(head[_TABLE] + np.uint64(_BYTES * _TASK_WORDS * index), _TASK_WORDS)
@@ -301,7 +301,7 @@ def _last_word(payload_bytes, results, begin, count):  # type: ignore[no-untyped
     return payload_bytes | _folded(total) << np.uint64(32)
 
 
-@_kernel
+@cached_kernel
 def _seal(context, results, count):  # type: ignore[no-untyped-def]  # Numba infers
     """Write the header of an encoded message."""
     head = _words_at(context, _SOURCES)
@@ -318,7 +318,7 @@ def _expected(context, number):  # type: ignore[no-untyped-def]  # Numba infers
     return _words_at(context + np.uint64(_BYTES) * np.uint64(_MESSAGES + _MESSAGE_WORDS * number), _MESSAGE_WORDS)
 
 
-@_kernel
+@cached_kernel
 def _sum(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     """What one run of a message's bytes adds to the checksum's total."""
     head = _words_at(context, _MESSAGES)
@@ -329,12 +329,12 @@ def _sum(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     return _call_byte_summer(head[_SUMMER], (message[0], begin, end))
 
 
-@_kernel
+@cached_kernel
 def _last_word_of_one(context, results, count):  # type: ignore[no-untyped-def]  # Numba infers
     return _last_word(_expected(context, 0)[4], results, 0, count)
 
 
-@_kernel
+@cached_kernel
 def _first_refused(context, results, count):  # type: ignore[no-untyped-def]  # Numba infers
     """1 + number of the first message whose header is not what it must be; 0 where there is none."""
     runs = np.int64(_words_at(context, _MESSAGES)[_RUNS])

@@ -32,14 +32,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
+from qoda_kernels.compilation import cached_kernel
 from qoda_kernels.errors import KernelError, ThreadCountError
-
-_kernel = njit(nogil=True, error_model="numpy", cache=True)
 
 
 def allotted_threads(environ: Mapping[str, str]) -> int:
@@ -338,7 +337,7 @@ def _address_of(context: Any, data: Any) -> tuple[Signature, Callable[..., Any]]
     return types.uint64(data), generate
 
 
-@_kernel
+@cached_kernel
 def _total(context: np.uint64, results: np.uint64, count: int) -> np.uint64:
     """An ending: the sum of the results, modulo 2^64."""
     total = np.uint64(0)
@@ -347,7 +346,7 @@ def _total(context: np.uint64, results: np.uint64, count: int) -> np.uint64:
     return total
 
 
-@_kernel
+@cached_kernel
 def _take_part(job: np.uint64, place: int) -> None:
     """Call a job's task for the indices of a thread's own run, then of the others' runs, that nobody has taken."""
     function, context, results = _load(job, _FUNCTION), _load(job, _CONTEXT), _load(job, _RESULTS)
@@ -362,7 +361,7 @@ def _take_part(job: np.uint64, place: int) -> None:
             index = begin + np.int64(_add(job, taken, np.uint64(1)))
 
 
-@_kernel
+@cached_kernel
 def _work(
     helpers: np.uint64,
     threads: int,
@@ -416,7 +415,7 @@ def _work(
     return result
 
 
-@_kernel
+@cached_kernel
 def _watch(helpers: np.uint64, known: np.uint64, most_looks: int) -> bool:
     """Whether a job comes after the known number of them, or the helpers are stopped, within so many looks."""
     for _ in range(most_looks):
@@ -426,7 +425,7 @@ def _watch(helpers: np.uint64, known: np.uint64, most_looks: int) -> bool:
     return False
 
 
-@_kernel
+@cached_kernel
 def _help(helpers: np.uint64, place: int, most_looks: int) -> None:
     """Take part in jobs until the helpers are stopped.
 

@@ -1,19 +1,23 @@
 """When kernels are compiled: at the first use, once, with a line in the log; never by an import."""
 
 import ast
+import fcntl
 import importlib.util
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from numba import types
+from numba.core.caching import IndexDataCacheFile
 
 import qoda_kernels
-from qoda_kernels import cpu
+from qoda_kernels import compilation, cpu
 from qoda_kernels.compiled_sources import digest_of
 
 KERNELS = Path(qoda_kernels.__file__).parent
@@ -131,3 +135,50 @@ def test_kernels_take_from_elsewhere_only_what_their_digest_tells_of() -> None:
         if [alias.name for alias in node.names] != ["word32"]
     ]
     assert wrong == []
+
+
+def test_other_processes_neither_write_nor_read_kernels_that_are_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that write at the same time would keep one kernel under the other's name."""
+    path = tmp_path / "kernel.py"
+    decorator = "from qoda_kernels.compilation import cached_kernel"
+    path.write_text(SOURCE.replace("from numba import njit", decorator).replace("njit(cache=True)", "cached_kernel"))
+    seen: list[tuple[str, bool, bool]] = []
+
+    def may_lock(folder: str, operation: int) -> bool:
+        with (Path(folder) / "qoda_kernels.lock").open("r+") as lock:  # another open file, so like another process
+            try:
+                fcntl.flock(lock, operation | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    def watched(name: str) -> Callable[..., Any]:
+        method = getattr(IndexDataCacheFile, name)
+
+        def call(file: Any, *args: object) -> Any:
+            folder = file._cache_path
+            seen.append((name, may_lock(folder, fcntl.LOCK_SH), may_lock(folder, fcntl.LOCK_EX)))
+            return method(file, *args)
+
+        return call
+
+    for name in ("save", "load"):
+        monkeypatch.setattr(IndexDataCacheFile, name, watched(name))
+    for _ in range(2):
+        double = imported(path, "kernel").double
+        double.compile(types.int64(types.int64))
+        assert double(21) == 42
+    assert seen == [("load", True, False), ("save", False, False), ("load", True, False)]
+
+
+def test_without_locks_kernels_are_kept_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with caplog.at_level(logging.INFO, logger="qoda_kernels"), compilation._locked(tmp_path, fcntl.LOCK_EX):
+        assert "without a lock" in caplog.text
