@@ -14,6 +14,8 @@ from hvd_qoda.transport import Handle, LocalTransport, all_gather_bytes
 from qoda_kernels.codebook import Codebook
 from tests.in_memory_transport import InMemoryGroup, InMemoryTransport
 
+pytestmark = pytest.mark.timed
+
 
 class SlowHandle:
     """Is ready when a link of the given speed would be."""

@@ -15,6 +15,8 @@ from qoda_kernels.errors import KernelError, QodaError, ThreadCountError
 from qoda_kernels.tasks import words_pointer
 from qoda_kernels.worker_threads import WorkerThreads, allotted_threads, compiled_task
 
+pytestmark = pytest.mark.timed
+
 SLEEP = types.ExternalFunction("usleep", types.int32(types.uint32))
 LONG = 2000  # naps of a millisecond: what is waited for has failed
 ATTEMPTS = 5  # a job that comes while a helper falls asleep goes without it

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("horovod.torch")
 
+from launch.bench import convergence
 from launch.bench.convergence import (
     ADAM,
     ALL_GATHER,
@@ -24,8 +26,9 @@ from launch.bench.convergence import (
     parse_arguments,
     statistics_of,
 )
-from launch.train.job import Job
+from launch.train.job import Job, run_job
 from launch.train.options import parse_options
+from tests.launcher import RankPool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,27 +88,41 @@ def test_differences_are_taken_seed_by_seed() -> None:
     assert paired_differences(one_seed)[ADAM]["train_loss"]["standard_error"] is None
 
 
+def train_in_this_rank(arguments: list[str]) -> int:
+    from launch.train.mnist import main
+
+    return main(arguments)
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
-def test_the_program_writes_scores_and_picture(tmp_path: Path) -> None:
+def test_the_program_writes_scores_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of the runs is started as users start them; the others take ranks that run already."""
+    started: list[str] = []
+
+    def run_in(ranks: RankPool, job: Job, on_step: Any) -> dict[str, Any]:
+        started.append(job.run_dir.name)
+        if len(started) == 1:
+            return run_job(job, on_step)
+        assert ranks.run(train_in_this_rank, [*job.arguments, "--run-dir", str(job.run_dir)]) == [0, 0]
+        summary: dict[str, Any] = json.loads((job.run_dir / "summary.json").read_text())
+        return summary
+
     arguments = ["--seeds", "1", "--steps", "2", "--update-levels-at", "2", "--run-dir", str(tmp_path / "runs")]
     arguments += ["--json", str(tmp_path / "scores.json"), "--plot", str(tmp_path / "scores.png")]
-    outcome = subprocess.run(
-        [sys.executable, "launch/bench/convergence.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    with RankPool(2) as ranks:
+        monkeypatch.setattr(convergence, "run_job", partial(run_in, ranks))
+        assert convergence.main(arguments) == 0
     result = json.loads((tmp_path / "scores.json").read_text())
     assert list(result["cases"]) == list(all_cases())
+    assert len(set(started)) == len(all_cases())
     for case in result["cases"].values():
         assert [run["seed"] for run in case["runs"]] == [0]
         assert len(case["runs"][0]["loss_curve"]) == 2
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
-    assert "QODAdam, reduce-scatter" in outcome.stdout
+    assert "QODAdam, reduce-scatter" in capsys.readouterr().out
     again = subprocess.run(
         [sys.executable, "launch/bench/convergence.py", *arguments, "--reuse"],
         cwd=ROOT,

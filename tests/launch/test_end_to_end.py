@@ -19,6 +19,7 @@ REASON = sandbox.obstacle()
 KEYS = {"hosts", "mbit", "delay_ms", "elements", "method", "median_s", "bytes_per_rank", "predicted_s"}
 
 
+@pytest.mark.timed
 def test_a_replay_releases_real_gradients_in_their_order_and_time() -> None:
     model = NETWORKS["wgan"].build(0)
     recordings = record(model)

@@ -15,6 +15,8 @@ from launch.sandbox import Job, run_job
 from launch.virtual_hosts import Network, SandboxError, interface_bytes
 from tests.launcher import heed_interrupts
 
+pytestmark = pytest.mark.timed
+
 ROOT = Path(__file__).resolve().parents[2]
 REASON = sandbox.obstacle()
 needs_namespaces = pytest.mark.skipif(REASON is not None, reason=f"no sandbox here: {REASON}")

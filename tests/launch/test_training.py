@@ -1,5 +1,7 @@
 """Whole training runs with real ranks: scores, equal replicas, records, and a resume that loses no bit."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -90,11 +92,15 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
     assert [record.registry_version for record in one] == [record.registry_version for record in other]
 
 
-def test_a_compressed_run_sends_fewer_bytes_and_learns(tmp_path: Path) -> None:
-    common = ("--steps", "60", "--batch-size", "32", "--update-levels-at", "10")
-    plain = train(tmp_path / "plain", *common, "--compression", "none")
-    compressed = ("--compression", "qoda", "--exchange", "by_bytes", "--measure-error-every", "5")
-    coded = train(tmp_path / "coded", *common, *compressed)
+def test_a_compressed_run_sends_fewer_bytes_and_learns(pools: tuple[RankPool, RankPool], tmp_path: Path) -> None:
+    def run(name: str, *compression: str) -> dict[str, Any]:
+        options = ("--steps", "60", "--batch-size", "32", "--update-levels-at", "10", *compression)
+        assert pools[0].run(train_in_this_rank, str(tmp_path / name), *options) == [0, 0]
+        summary: dict[str, Any] = json.loads((tmp_path / name / "summary.json").read_text())
+        return summary
+
+    plain = run("plain", "--compression", "none")
+    coded = run("coded", "--compression", "qoda", "--exchange", "by_bytes", "--measure-error-every", "5")
     for summary in (plain, coded):
         assert summary["replicas_identical"]
         assert summary["test_accuracy"] > 0.8
@@ -131,19 +137,29 @@ def test_one_process_trains_alone_and_sends_nothing(tmp_path: Path) -> None:
     assert summary["ranks"] == 1
 
 
+def mistake_in_this_rank(*arguments: str) -> tuple[int, str]:
+    """Exit status of the training program's main function, and what it has printed on stderr."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        return train_in_this_rank(*arguments), printed.getvalue()
+
+
 def test_mistakes_around_checkpoints_leave_with_a_message(tmp_path: Path) -> None:
     run_dir = str(tmp_path)
-    assert alone("--steps", "2", "--checkpoint-every", "2", "--run-dir", run_dir).returncode == 0
-    for arguments, message in (
-        (("--steps", "4"), "holds checkpoints of an earlier run"),
-        (("--steps", "2", "--resume", run_dir), "none is left"),
-        (("--steps", "4", "--resume", run_dir, "--seed", "1"), "seed: checkpoint 0, now 1"),
-        (("--steps", "4", "--resume", str(tmp_path / "absent")), "no checkpoint at"),
-        (("--steps", "4", "--data", str(tmp_path / "absent"), "--resume", run_dir), "train-images-idx3-ubyte"),
-    ):
-        outcome = alone(*arguments, "--run-dir", run_dir)
-        assert outcome.returncode == 2, outcome.stdout + outcome.stderr
-        assert message in outcome.stderr
+    assert alone("--steps", "2", "--checkpoint-every", "2", "--threads", "1", "--run-dir", run_dir).returncode == 0
+    outcome = alone("--steps", "4", "--run-dir", run_dir)
+    assert outcome.returncode == 2, outcome.stdout + outcome.stderr
+    assert "holds checkpoints of an earlier run" in outcome.stderr
+    with RankPool(1) as ranks:
+        for arguments, message in (
+            (("--steps", "2", "--resume", run_dir), "none is left"),
+            (("--steps", "4", "--resume", run_dir, "--seed", "1"), "seed: checkpoint 0, now 1"),
+            (("--steps", "4", "--resume", str(tmp_path / "absent")), "no checkpoint at"),
+            (("--steps", "4", "--data", str(tmp_path / "absent"), "--resume", run_dir), "train-images-idx3-ubyte"),
+        ):
+            ((status, error),) = ranks.run(mistake_in_this_rank, run_dir, *arguments)
+            assert status == 2
+            assert message in error
 
 
 def replicas_that_differ_in_one_bit() -> tuple[bool, bool]:

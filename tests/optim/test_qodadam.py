@@ -96,6 +96,7 @@ def test_impossible_options_are_named(options: dict[str, object], name: str) -> 
         QODAdam([torch.nn.Parameter(torch.ones(1))], **options)
 
 
+@pytest.mark.timed
 def test_a_step_costs_less_than_two_of_adam() -> None:
     def new(make: Callable[..., torch.optim.Optimizer], **options: object) -> torch.optim.Optimizer:
         parameters = [torch.nn.Parameter(torch.randn(size)) for size in (200_000, 50_000, 300, 10)]
