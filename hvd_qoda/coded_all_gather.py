@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hvd_qoda.errors import ConfigError, WireError
-from hvd_qoda.exchange import AllGatherExchange
+from hvd_qoda.exchange import AllGatherExchange, wait_for_last_phase
 from hvd_qoda.shares import Stamp, check_not_refused, under_way, write_refusal
 from hvd_qoda.traffic import all_gather_bytes
-from hvd_qoda.transport import Handle, Transport, wait_until
+from hvd_qoda.transport import Handle, Transport
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.coded_message import CodedMessages
 from qoda_kernels.layout import MessagePlan
@@ -111,7 +111,8 @@ class CodedAllGatherExchange(AllGatherExchange):
 
     def finish(self, out: Sequence[torch.Tensor], scale: float = 1.0) -> None:
         """See `Exchange`."""
-        self._wait_for_sizes()
+        if self._sizes is not None:
+            wait_for_last_phase(self, self._transport)
         if self._failure is not None:
             raise self._failure
         handle, self._handle = under_way(self._handle), None
@@ -126,7 +127,7 @@ class CodedAllGatherExchange(AllGatherExchange):
     def drop(self) -> None:
         """See `Exchange`."""
         if self._sizes is not None:
-            self._wait_for_sizes()
+            wait_for_last_phase(self, self._transport)
         super().drop()
 
     def _begin(self, message: torch.Tensor) -> None:
@@ -136,11 +137,3 @@ class CodedAllGatherExchange(AllGatherExchange):
         )
         sizes = [_SIZE_BYTES] * self._transport.size
         self._sizes = self._transport.start_all_gather(self._size_message, sizes, f"{self.waiting_for}.sizes")
-
-    def _wait_for_sizes(self) -> None:
-        if self._sizes is not None:
-            wait_until(
-                self.advance,
-                self._transport.timeout_s,
-                lambda: f"{self.waiting_for!r} among the ranks {self._transport.ranks}",
-            )

@@ -26,13 +26,12 @@ import torch
 from hvd_qoda.errors import QodaError, RankMismatchError, WireError
 from hvd_qoda.gradient_codec import GradientCodec
 from hvd_qoda.shares import (
+    OwnMean,
     OwnMessage,
     Share,
     Shares,
     Stamp,
-    beside,
     empty_message,
-    empty_tensors,
     in_float32,
     pieces_of,
     replanned,
@@ -56,6 +55,7 @@ __all__ = [
     "ReduceScatterExchange",
     "Stamp",
     "exchange_by_bytes",
+    "wait_for_last_phase",
 ]
 
 WORTH_A_ROUND_TRIP_BYTES = 2**16
@@ -267,7 +267,7 @@ class ReduceScatterExchange:
     @property
     def sent_bytes(self) -> int:
         """See `Exchange`."""
-        return self._shares.sent_bytes + all_gather_bytes(self._mean_message.numel(), self._transport.size)
+        return self._shares.sent_bytes + self._mean.sent_bytes
 
     @property
     def has_own_message(self) -> bool:
@@ -285,13 +285,12 @@ class ReduceScatterExchange:
         self.plan = replanned(self.plan, codebooks)
         self._wide = replanned(self._wide, codebooks)
         self._shares = Shares(self._make_shares(self._wide, codebooks), self._transport)
-        self._mean = empty_tensors(self._shares.own.plan)
-        self._mean_message = empty_message(self._shares.own.plan.message_bytes)
+        self._mean = OwnMean(self._shares, self._transport)
 
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
         self._stamp, self._second, self._failure = stamp, None, None
-        self._mean = beside(self._mean, values)
+        self._mean.lie_beside(values)
         self._shares.encode(with_dtypes_of(self._wide, values), stamp, self._transport.size)
         self._first = self._shares.send(self.waiting_for)
 
@@ -307,13 +306,13 @@ class ReduceScatterExchange:
             handle, self._first = self._first, None
             messages = handle.wait()
             try:
-                self._encode_mean(messages)
+                self._mean.decode(messages, self._stamp)
+                self._mean.encode(self._stamp)
             except (WireError, RankMismatchError) as error:
                 # The others are waiting for this share: they must learn that there is none.
                 self._failure = error
-                write_refusal(self._mean_message, str(error))
-            name = f"{self._name}.all_gather"
-            self._second = self._transport.start_all_gather(self._mean_message, self._shares.sizes, name)
+                self._mean.refuse(str(error))
+            self._second = self._mean.send(f"{self._name}.all_gather")
         return self._second is not None
 
     def ready(self) -> bool:
@@ -322,7 +321,7 @@ class ReduceScatterExchange:
 
     def finish(self, out: Sequence[torch.Tensor], scale: float = 1.0) -> None:
         """See `Exchange`."""
-        self._wait_for_first_phase()
+        wait_for_last_phase(self, self._transport)
         handle, self._second = under_way(self._second), None
         messages = handle.wait()
         if self._failure is not None:
@@ -332,7 +331,7 @@ class ReduceScatterExchange:
     def drop(self) -> None:
         """See `Exchange`."""
         if self._first is not None:
-            self._wait_for_first_phase()
+            wait_for_last_phase(self, self._transport)
         if self._second is not None:
             handle, self._second = self._second, None
             handle.wait()
@@ -356,16 +355,6 @@ class ReduceScatterExchange:
         return tuple(
             Share(plan, pieces_of(wide, plan), GradientCodec(plan, codebooks, self._threads)) for plan in plans
         )
-
-    def _wait_for_first_phase(self) -> None:
-        transport = self._transport
-        wait_until(self.advance, transport.timeout_s, lambda: f"{self.waiting_for!r} among the ranks {transport.ranks}")
-
-    def _encode_mean(self, messages: Sequence[torch.Tensor]) -> None:
-        """The mean of this rank's share, from phase 1 to phase 2."""
-        rank = self._transport.rank
-        self._shares.decode_own_mean(messages, self._stamp, self._mean)
-        self._shares.own.codec.encode(self._mean, self._stamp.context(1, rank, rank), out=self._mean_message)
 
 
 class PendingExchanges:
@@ -416,6 +405,17 @@ class PendingExchanges:
         if self._first_phase:
             self._first_phase = [waiting for waiting in self._first_phase if not waiting.advance()]
         return exchange.ready()
+
+
+def wait_for_last_phase(exchange: Exchange, transport: Transport) -> None:
+    """Advance an exchange until only `Exchange.finish` is left.
+
+    Raises:
+        ExchangeTimeoutError: when a peer did not take part in time.
+    """
+    wait_until(
+        exchange.advance, transport.timeout_s, lambda: f"{exchange.waiting_for!r} among the ranks {transport.ranks}"
+    )
 
 
 def exchange_by_bytes(plan: MessagePlan, codebooks: Mapping[str, Codebook], size: int) -> str:

@@ -15,26 +15,28 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hvd_qoda.errors import QodaError, RankMismatchError, UnsupportedError, WireError
-from hvd_qoda.exchange import AllGatherExchange, Exchange, ReduceScatterExchange, exchange_by_bytes
+from hvd_qoda.exchange import (
+    AllGatherExchange,
+    Exchange,
+    ReduceScatterExchange,
+    exchange_by_bytes,
+    wait_for_last_phase,
+)
 from hvd_qoda.gradient_codec import GradientCodec
 from hvd_qoda.hosts import Hosts, SubgroupTransport
 from hvd_qoda.shares import (
+    OwnMean,
     OwnMessage,
     Share,
     Shares,
     Stamp,
-    beside,
-    empty_message,
-    empty_tensors,
     in_float32,
     pieces_of,
     replanned,
     under_way,
     with_dtypes_of,
-    write_refusal,
 )
-from hvd_qoda.traffic import all_gather_bytes
-from hvd_qoda.transport import Handle, Transport, wait_until
+from hvd_qoda.transport import Handle, Transport
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.layout import MessagePlan
 from qoda_kernels.worker_threads import WorkerThreads
@@ -78,8 +80,7 @@ class HierarchicalExchange:
         across = AllGatherExchange if kinds == {"allgather"} else ReduceScatterExchange
         own = quantized[self._local.rank]
         self._across: Exchange = across(own, codebooks, cross, f"{name}.between_hosts", threads)
-        self._mean = empty_tensors(own)
-        self._mean_message = empty_message(self._shares.own.plan.message_bytes)
+        self._mean = OwnMean(self._shares, self._local)
         self._stamp = Stamp(0, 0, 0)
         self._first: Handle | None = None
         self._is_across = False
@@ -89,8 +90,7 @@ class HierarchicalExchange:
     @property
     def sent_bytes(self) -> int:
         """See `Exchange`; between the ranks of a host and between hosts."""
-        inside = self._shares.sent_bytes + all_gather_bytes(self._mean_message.numel(), self._local.size)
-        return inside + self._across.sent_bytes
+        return self._shares.sent_bytes + self._mean.sent_bytes + self._across.sent_bytes
 
     @property
     def has_own_message(self) -> bool:
@@ -112,7 +112,7 @@ class HierarchicalExchange:
     def start(self, values: Sequence[torch.Tensor], stamp: Stamp) -> None:
         """See `Exchange`."""
         self._stamp = stamp
-        self._mean = beside(self._mean, values)
+        self._mean.lie_beside(values)
         self._shares.encode(with_dtypes_of(self._wide, values), stamp)
         self._send()
 
@@ -137,7 +137,7 @@ class HierarchicalExchange:
 
     def finish(self, out: Sequence[torch.Tensor], scale: float = 1.0) -> None:
         """See `Exchange`."""
-        self._wait_for_last_phase()
+        wait_for_last_phase(self, self._local)
         handle, self._last = under_way(self._last), None
         messages = handle.wait()
         if self._failure is not None:
@@ -147,7 +147,7 @@ class HierarchicalExchange:
     def drop(self) -> None:
         """See `Exchange`."""
         if self._first is not None or self._is_across:
-            self._wait_for_last_phase()
+            wait_for_last_phase(self, self._local)
         if self._last is not None:
             handle, self._last = self._last, None
             handle.wait()
@@ -170,8 +170,8 @@ class HierarchicalExchange:
     def _start_across(self, messages: Sequence[torch.Tensor]) -> None:
         """The host's mean of this rank's share, from phase 1 to phase 2."""
         try:
-            self._shares.decode_own_mean(messages, self._stamp, self._mean)
-            self._across.start(self._mean, self._stamp)
+            self._mean.decode(messages, self._stamp)
+            self._across.start(self._mean.values, self._stamp)
         except (WireError, RankMismatchError) as error:
             # The other hosts are waiting for this one's share.
             self._failure = error
@@ -180,20 +180,15 @@ class HierarchicalExchange:
 
     def _start_last(self) -> None:
         """The mean of this rank's share over all hosts, from phase 2 to phase 3."""
-        place = self._local.rank
         try:
-            self._across.finish(self._mean)
+            self._across.finish(self._mean.values)
         except (WireError, RankMismatchError) as error:
             self._failure = self._failure or error
         if self._failure is None:
-            self._shares.own.codec.encode(self._mean, self._stamp.context(1, place, place), out=self._mean_message)
+            self._mean.encode(self._stamp)
         else:
-            write_refusal(self._mean_message, str(self._failure))
-        self._last = self._local.start_all_gather(self._mean_message, self._shares.sizes, f"{self._name}.from_owners")
-
-    def _wait_for_last_phase(self) -> None:
-        local = self._local
-        wait_until(self.advance, local.timeout_s, lambda: f"{self.waiting_for!r} among the ranks {local.ranks}")
+            self._mean.refuse(str(self._failure))
+        self._last = self._mean.send(f"{self._name}.from_owners")
 
 
 def _exact_share(plan: MessagePlan, part: MessagePlan, threads: WorkerThreads | None) -> Share:

@@ -10,7 +10,7 @@ import torch
 
 from hvd_qoda.errors import QodaError, RankMismatchError, WireError
 from hvd_qoda.gradient_codec import GradientCodec
-from hvd_qoda.traffic import all_to_all_bytes
+from hvd_qoda.traffic import all_gather_bytes, all_to_all_bytes
 from hvd_qoda.transport import Handle, Transport
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.layout import MessagePlan, Slice
@@ -174,6 +174,48 @@ class Shares:
             share.decode(message, stamp.context(1, owner, owner), out, scale)
 
 
+class OwnMean:
+    """The mean of the share that this rank owns, and the message with it to everybody: the second phase.
+
+    Args:
+        shares: the plan's.
+        transport: the ranks.
+    """
+
+    def __init__(self, shares: Shares, transport: Transport) -> None:
+        self.values = empty_tensors(shares.own.plan)
+        self._message = empty_message(shares.own.plan.message_bytes)
+        self._shares = shares
+        self._transport = transport
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that leave this rank when its message goes to everybody."""
+        return all_gather_bytes(self._message.numel(), self._transport.size)
+
+    def lie_beside(self, values: Sequence[torch.Tensor]) -> None:
+        """Move the room for the mean to the device where the gradients are."""
+        if self.values and values and self.values[0].device != values[0].device:
+            self.values = [torch.empty_like(tensor, device=values[0].device) for tensor in self.values]
+
+    def decode(self, received: Sequence[torch.Tensor], stamp: Stamp) -> None:
+        """Form the mean of what all ranks have sent this one; see `Share.decode_mean`."""
+        self._shares.decode_own_mean(received, stamp, self.values)
+
+    def encode(self, stamp: Stamp) -> None:
+        """Write the mean into the message."""
+        place = self._transport.rank
+        self._shares.own.codec.encode(self.values, stamp.context(1, place, place), out=self._message)
+
+    def refuse(self, reason: str) -> None:
+        """Write into the message why there is no mean."""
+        write_refusal(self._message, reason)
+
+    def send(self, name: str) -> Handle:
+        """Start the all-gather of all owners' messages."""
+        return self._transport.start_all_gather(self._message, self._shares.sizes, name)
+
+
 @dataclass(frozen=True)
 class OwnMessage:
     """What one rank has sent in one round, kept beyond the round.
@@ -258,13 +300,6 @@ def empty_tensors(plan: MessagePlan, device: torch.device = _CPU) -> list[torch.
 def empty_message(size: int) -> torch.Tensor:
     """Host memory for so many bytes of messages; page-locked where the process uses CUDA, for fast copies."""
     return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_initialized())
-
-
-def beside(tensors: list[torch.Tensor], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Room for a share's mean on the device where the values are: these tensors, or others like them."""
-    if not tensors or not values or tensors[0].device == values[0].device:
-        return tensors
-    return [torch.empty_like(tensor, device=values[0].device) for tensor in tensors]
 
 
 def with_dtypes_of(plan: MessagePlan, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
