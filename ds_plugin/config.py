@@ -79,6 +79,12 @@ def check_optimizer(configuration: Mapping[str, Any]) -> str | None:
     of_torch = [word for word, found in vars(torch.optim).items() if _is_optimizer(found)]
     if name is None or str(name).lower() in DEEPSPEED_OPTIMIZERS or name in of_torch:
         return None if name is None else str(name)
+    if name == "auto":
+        raise ConfigError(
+            'DeepSpeed configuration: optimizer.type: "auto" is filled in by nobody: Hugging Face\'s Trainer and '
+            'accelerate fill in optimizer.params only. Write a name, such as "AdamW" or "QODAdam"; or leave the '
+            'section "optimizer" out, for the Trainer\'s own optimizer or one given to deepspeed.initialize()'
+        )
     known = sorted({*DEEPSPEED_OPTIMIZERS, *of_torch})
     nearest = {word.lower(): word for word in known}
     found = difflib.get_close_matches(str(name).lower(), nearest, n=1)

@@ -37,7 +37,7 @@ class CodecDevice:
         self._wanted = wanted
         self._stratified = stratified
         self._registry: CodebookRegistry | None = None  # whose codebooks were checked
-        self._passed: dict[torch.device, bool] = {}
+        self._problems: dict[torch.device, str | None] = {}
         self._said: set[str] = set()
 
     def of(self, gradients: Sequence[torch.Tensor], registry: CodebookRegistry) -> torch.device:
@@ -51,25 +51,53 @@ class CodecDevice:
             UnsupportedError: with "gpu", if their GPU cannot do it; the message says why.
         """
         device = gradients[0].device
-        runtime = runtime_of(device)
-        if runtime is None and device == _CPU:
+        if _needs_no_runtime(device):
             return _CPU
         if self._wanted == "cpu":
             return self._staged(device, "codec_device is 'cpu'")
-        if runtime is None:
-            return self._staged(device, "there are no kernels for this kind of device")
         if any(gradient.device != device for gradient in gradients):
             return self._staged(device, "gradients that travel together lie on different devices")
+        problem = self._problem(device, registry)
+        return device if problem is None else self._staged(device, problem)
+
+    def verdict(self, devices: Iterable[torch.device], registry: CodebookRegistry) -> str:
+        """What the other ranks must know before gradients come: why these devices cannot do what "gpu" demands.
+
+        A rank that raised alone, at its first gradient, would leave the others waiting for it.
+
+        Args:
+            devices: of this rank's gradients.
+            registry: the codebooks of the steps to come.
+
+        Returns:
+            "possible" where nothing else is found, or demanded. Devices are not named: ranks have different ones.
+        """
+        return "; ".join(sorted(set(self._refused(devices, registry).values()))) or "possible"
+
+    def refuse(self, devices: Iterable[torch.device], registry: CodebookRegistry) -> None:
+        """Raise UnsupportedError unless the verdict is "possible"."""
+        for device, problem in self._refused(devices, registry).items():
+            self._staged(device, problem)
+
+    def _refused(self, devices: Iterable[torch.device], registry: CodebookRegistry) -> dict[torch.device, str]:
+        """Devices of which "gpu" is demanded in vain, and why."""
+        if self._wanted != "gpu":
+            return {}
+        found = {device: self._problem(device, registry) for device in set(devices) if not _needs_no_runtime(device)}
+        return {device: problem for device, problem in found.items() if problem is not None}
+
+    def _problem(self, device: torch.device, registry: CodebookRegistry) -> str | None:
+        """Why gradients on a device that is not the CPU cannot be coded there; None if they can."""
+        runtime = runtime_of(device)
+        if runtime is None:
+            return "there are no kernels for this kind of device"
         if registry is not self._registry:
-            self._registry, self._passed = registry, {}
-        if device not in self._passed:
+            self._registry, self._problems = registry, {}
+        if device not in self._problems:
             dtypes = {entry.dtype for entry in registry.parameters.values()} & set(EXACT_DTYPES)
             dtypes.add(torch.float32)  # of means, in a reduce-scatter
-            problem = checked_problem(runtime, registry.codebooks.values(), dtypes, self._stratified)
-            self._passed[device] = problem is None
-            if problem is not None:
-                self._staged(device, problem)
-        return device if self._passed[device] else _CPU
+            self._problems[device] = checked_problem(runtime, registry.codebooks.values(), dtypes, self._stratified)
+        return self._problems[device]
 
     def _staged(self, device: torch.device, reason: str) -> torch.device:
         """The CPU; each reason is given once."""
@@ -80,6 +108,10 @@ class CodecDevice:
             self._said.add(text)
             _logger.warning("%s", text)
         return _CPU
+
+
+def _needs_no_runtime(device: torch.device) -> bool:
+    return device == _CPU and runtime_of(device) is None
 
 
 def checked_problem(

@@ -11,7 +11,7 @@ Not every step need begin by itself: while gradients of another step are still u
 due at such a step is made up for by the next one that begins.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from hvd_qoda.agreement import check_agreement
 from hvd_qoda.config import UpdateLevels
 from hvd_qoda.transport import Transport, all_gather_array
+from qoda_kernels.errors import RegistryError, WireError
 from qoda_kernels.registry import CodebookRegistry, LearntFrom
 from qoda_kernels.statistics import ExchangedStatistics, HistogramStatistics, TruncatedNormalStatistics
 
@@ -49,13 +50,25 @@ class LevelUpdates:
         self._begun = 0  # the last step that has begun
         self._asked_step, self._asked_gathers = 0, False
 
-    def begin_step(self, step: int, registry: CodebookRegistry, transport: Transport) -> CodebookRegistry:
+    def begin_step(
+        self,
+        step: int,
+        registry: CodebookRegistry,
+        transport: Transport,
+        described: Callable[[CodebookRegistry], Mapping[str, Any]] = lambda registry: {},
+    ) -> CodebookRegistry:
         """The codebooks for a step, counted from 1: updated ones if the schedule says so.
 
         An update is also made if it was due at a step since the last one that began.
 
+        Args:
+            step: its number.
+            registry: the codebooks of the step before.
+            transport: the ranks.
+            described: what else they are to agree on about updated codebooks.
+
         Raises:
-            RankMismatchError: if the ranks have computed different levels.
+            RankMismatchError: if the ranks have computed different levels, or differ in what is described.
         """
         due = any(self._schedule.is_due(each) for each in range(self._begun + 1, step + 1))
         self._begun = step
@@ -68,7 +81,8 @@ class LevelUpdates:
         # Each is of the class that `_statistics` names for its codebook.
         self._learnt = usable
         updated = registry.updated(cast(Mapping[str, LearntFrom], usable))
-        check_agreement(transport, {f"levels at step {step}": updated.describe()["codebooks"]}, "hvd_qoda.levels")
+        levels = {f"levels at step {step}": updated.describe()["codebooks"]}
+        check_agreement(transport, {**levels, **described(updated)}, "hvd_qoda.levels")
         return updated
 
     def take_learnt(self) -> dict[str, ExchangedStatistics]:
@@ -129,12 +143,26 @@ class LevelUpdates:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`'s values; statistics of another kind, or of codebooks that do not adapt, are dropped."""
-        self._own = {}
-        self._begun = int(state["begun"])
+        """Restore `state_dict`'s values; statistics of another kind, or of codebooks that do not adapt, are dropped.
+
+        Raises:
+            RegistryError: for statistics from which a codebook does not learn; nothing is restored then.
+        """
         same_kind = state["statistics"] == self._schedule.statistics
         self._merged = {
-            key: self._statistics[key].from_array(np.array(array, dtype=np.float64))
+            key: self._restored(key, array)
             for key, array in state["merged"].items()
             if key in self._keys and (same_kind or self._statistics[key] not in _OF_A_KIND)
         }
+        self._own = {}
+        self._begun = int(state["begun"])
+
+    def _restored(self, key: str, array: Sequence[float]) -> ExchangedStatistics:
+        try:
+            return self._statistics[key].from_array(np.array(array, dtype=np.float64))
+        except WireError as error:
+            raise RegistryError(
+                f"the state holds statistics from which the codebook {key!r} does not learn ({error}); another version "
+                'may have saved it. To go on without them, set state["levels"]["merged"] to {} on every rank: the next '
+                "update then learns from the samples that are still to come before it"
+            ) from error

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,7 @@ from hvd_qoda.traffic import Traffic, TrafficMeter
 from hvd_qoda.transport import Transport
 from hvd_qoda.worker_vectors import ExactVector, WorkerVectors
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.registry import COMPRESSIBLE_DTYPES
+from qoda_kernels.registry import COMPRESSIBLE_DTYPES, CodebookRegistry
 
 __all__ = ["ExchangeReports", "GradientRoute", "Session", "sparse_parameters"]
 
@@ -186,8 +187,10 @@ class Session:
 
         Raises:
             RankMismatchError: on every rank, if they do not.
+            UnsupportedError: on every rank, with codec_device="gpu", if no GPU can code the gradients.
         """
-        check_agreement(transport, self._description())
+        check_agreement(transport, {**self._description(), **self._device_verdict(transport, self.registry)})
+        self._refuse_device(transport)
         self._agreed_with = transport
 
     def begin_step(self, transport: Transport, roll_call: Callable[[str], None] = lambda name: None) -> bool:
@@ -201,7 +204,9 @@ class Session:
             Whether codebooks have changed.
 
         Raises:
-            RankMismatchError: on every rank, if ranks do not agree on model, configuration, version or levels.
+            RankMismatchError: on every rank, if ranks do not agree on model, configuration, version or levels, or some
+                cannot have codec_device="gpu".
+            UnsupportedError: on every rank, if none can.
         """
         if self._agreed_with is not transport:
             # Under a name of its own, because this session's name depends on what is to be agreed upon.
@@ -212,8 +217,12 @@ class Session:
         self._under_way = True
         self._account = StepAccount()
         before = self.registry
-        self.registry = self._levels.begin_step(self.step, before, transport)
-        return self.registry is not before
+        verdict = partial(self._device_verdict, transport)
+        self.registry = self._levels.begin_step(self.step, before, transport, verdict)
+        if self.registry is before:
+            return False
+        self._refuse_device(transport)
+        return True
 
     def note(self, text: str) -> None:
         """Say what changes in this step, and why: in the log and in the step's record."""
@@ -228,6 +237,18 @@ class Session:
     def account(self, key: str, coordinates: int, raw_bytes: float, sent_bytes: float, exact: bool = False) -> None:
         """Note what one gradient, or several of one codebook, cost; see `StepAccount.add`."""
         self._account.add(key, coordinates, raw_bytes, sent_bytes, exact)
+
+    def _device_verdict(self, transport: Transport, registry: CodebookRegistry) -> dict[str, str]:
+        """Whether codec_device="gpu" can be had on this rank; what ranks compare when codebooks have changed."""
+        return {"codec_device='gpu'": self._codec_device.verdict(self._coded_devices(transport), registry)}
+
+    def _refuse_device(self, transport: Transport) -> None:
+        self._codec_device.refuse(self._coded_devices(transport), self.registry)
+
+    def _coded_devices(self, transport: Transport) -> set[torch.device]:
+        if transport.size == 1 or self.config.exchange == "off":
+            return set()
+        return {parameter.device for parameter in self.parameters.values() if parameter.requires_grad}
 
     def coding_device(self, gradients: Sequence[torch.Tensor]) -> torch.device:
         """Where gradients that travel together are to be encoded and decoded; see `CodecDevice.of`."""
@@ -371,7 +392,7 @@ class Session:
 
         Raises:
             ConfigError: for something else than such a state.
-            RegistryError: for the state of another model or of other codebooks.
+            RegistryError: for the state of another model, of other codebooks, or with statistics of another sort.
             RankMismatchError: for the private state of another rank.
         """
         with self.lock:
@@ -380,11 +401,11 @@ class Session:
                     f"the compressor's state has format {state.get('format')!r}; this version reads {STATE_FORMAT}"
                 )
             registry = self.registry.restored(state["registry"])
+            self._levels.load_state_dict(state["levels"])
             self._attached.forget()
             self.abandon_step()
             self._agreed_with = None
             self.registry = registry
-            self._levels.load_state_dict(state["levels"])
             if self.choice is not None:
                 self.choice.load_state_dict(state["choice"])
             order = state["gradient_order"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import threading
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -13,18 +14,27 @@ from torch import nn
 from hvd_qoda import codec_device
 from hvd_qoda.codec_device import CodecDevice
 from hvd_qoda.config import QodaConfig
-from hvd_qoda.errors import UnsupportedError, WireError
+from hvd_qoda.errors import RankMismatchError, UnsupportedError, WireError
 from hvd_qoda.gradient_codec import GradientCodec
+from hvd_qoda.session import Session
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.registry import CodebookRegistry
 from tests.coded_on_machine import BrokenRuntime, FlippingRuntime, MachineRuntime, compiled, gradients_on
+from tests.in_memory_transport import InMemoryGroup
 from tests.kernels.codebooks import codebook_for, context, rotated_codebook, single_slice_plan
 
 GPU = torch.device("cuda", 0)
 OTHER_GPU = torch.device("cuda", 1)
 CPU = torch.device("cpu")
+
+
+class Route:
+    """Enough of one to begin a step."""
+
+    def description(self) -> dict[str, Any]:
+        return {}
 
 
 def registry() -> CodebookRegistry:
@@ -102,6 +112,69 @@ def test_other_reasons_for_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     assert chosen("gpu", runtime, CPU) == CPU  # gradients on the CPU are nobody's mistake
     assert not caplog.records
+
+
+def test_a_rank_says_whether_gpu_can_be_had() -> None:
+    runtimes = {GPU: MachineRuntime(compiled()), OTHER_GPU: BrokenRuntime({})}
+    books = registry()
+    with mock.patch.object(codec_device, "runtime_of", runtimes.get):
+        for wanted in ("auto", "cpu", "gpu"):
+            chooser = CodecDevice(wanted, stratified=False)
+            assert chooser.verdict([CPU, GPU], books) == "possible"
+            chooser.refuse([CPU, GPU], books)
+        assert "its self check failed: RuntimeError: encode: no such driver" in chooser.verdict([GPU, OTHER_GPU], books)
+        assert "no kernels for this kind" in chooser.verdict([torch.device("meta")], books)
+        with pytest.raises(UnsupportedError, match=r"codec_device='gpu', but its self check failed.*cuda:1"):
+            chooser.refuse([GPU, OTHER_GPU], books)
+
+
+@pytest.mark.parametrize("failing_step", [1, 2])
+@pytest.mark.parametrize("other", ["cpu", "gpu"])
+def test_all_ranks_learn_that_gpu_cannot_be_had_on_one(failing_step: int, other: Any) -> None:
+    """Before gradients come, and when codebooks change; ranks may want different devices."""
+
+    fails = threading.local()  # in this rank
+
+    def train(transport: Any) -> str:
+        schedule = {"at": [2], "samples": 1}
+        wanted = "gpu" if transport.rank == 1 else other
+        session = Session(nn.Linear(64, 64), QodaConfig(codec_device=wanted, min_numel=1, update_levels=schedule))
+        route: Any = Route()
+        session.use_route(route)
+        for step in range(1, failing_step + 1):
+            fails.now = transport.rank == 1 and step == failing_step
+            try:
+                session.begin_step(transport)
+            except RankMismatchError as error:
+                return f"step {step}: {error}"
+            for name, parameter in session.parameters.items():
+                session.observe_exact(name, session.registry.parameters[name].codebook, torch.ones_like(parameter))
+            session.end_step(transport, [])
+        return "no error"
+
+    def problem(*_: object) -> str | None:
+        return "its self check failed" if fails.now else None
+
+    with (
+        mock.patch.object(codec_device, "runtime_of", return_value=object()),
+        mock.patch.object(codec_device, "checked_problem", problem),
+    ):
+        first, second = InMemoryGroup(2).run(train)
+    assert first == second
+    wanted = f"step {failing_step}: the ranks do not agree: codec_device='gpu': \"possible\" on rank 0, "
+    assert first.startswith(wanted + '"its self check failed" on rank 1')
+
+
+def test_all_ranks_raise_where_gpu_can_be_had_on_none() -> None:
+    def begin(transport: Any) -> None:
+        session = Session(nn.Linear(64, 64), QodaConfig(codec_device="gpu"))
+        route: Any = Route()
+        session.use_route(route)
+        with pytest.raises(UnsupportedError, match="codec_device='gpu', but its self check failed"):
+            session.begin_step(transport)
+
+    with mock.patch.object(codec_device, "runtime_of", return_value=BrokenRuntime({})):
+        InMemoryGroup(2).run(begin)
 
 
 def test_the_codec_follows_the_tensors() -> None:

@@ -157,6 +157,22 @@ def test_statistics_of_another_kind_are_dropped_on_loading() -> None:
     assert updates.state_dict()["merged"] == {}
 
 
+def test_statistics_from_which_a_codebook_does_not_learn_are_refused_by_name() -> None:
+    """A state of a version that planned the bits of rotated buckets from histograms."""
+    config = auto_configuration(rotation="hadamard", auto_bits={"reference": 4})
+    start = config.build_registry([(name, torch.zeros(size // 50, 50)) for name, size in AUTO_SIZES.items()])
+    updates = LevelUpdates(config.update_levels, start)
+    histogram = HistogramStatistics.empty().to_array().tolist()
+    state = {"statistics": "histogram", "merged": dict.fromkeys(start.adaptive_keys, histogram), "begun": 3}
+    before = updates.state_dict()
+    key = start.adaptive_keys[0]
+    with pytest.raises(RegistryError, match=rf'codebook {key!r} does not learn.*set state\["levels"\]\["merged"\] to'):
+        updates.load_state_dict(state)
+    assert updates.state_dict() == before
+    updates.load_state_dict({**state, "merged": {}})
+    assert updates.state_dict() == {**before, "begun": 3}
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_an_update_due_while_no_step_could_begin_is_made_up_for(resumed: bool) -> None:
     """Steps 3 and 4 overlap: what was gathered in 3 counts, and the update due at 4 happens at 5, once."""

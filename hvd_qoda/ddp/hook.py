@@ -78,7 +78,8 @@ class QodaState:
             "hierarchical" takes ranks of one host name for one host; "off" lets the host add gradients as they are.
 
     Raises:
-        ConfigError: for unknown keys or impossible values, and where config and keywords are both given.
+        ConfigError: for unknown keys or impossible values, where config and keywords are both given, and for
+            exchange="off" with worker_norms or error_feedback, which need quantized gradients.
         RegistryError: for layer rules that match nothing, or a parameter name given twice.
     """
 
@@ -99,6 +100,7 @@ class QodaState:
         if config is not None and keywords:
             raise ConfigError(f"give either config or keywords ({', '.join(keywords)}), not both")
         self._config = QodaConfig.load(**keywords) if config is None else config
+        _refuse_without_quantizing(self._config)
         self._name = name
         self._saved: dict[str, Any] | None = None
         self._make_session(model, process_group, telemetry)
@@ -313,6 +315,15 @@ class QodaState:
         for bucket in complete:
             world.outstanding.remove(bucket.future)
             bucket.hand_back()
+
+
+def _refuse_without_quantizing(config: QodaConfig) -> None:
+    needing = [key for key in ("worker_norms", "error_feedback") if getattr(config, key)]
+    if config.exchange == "off" and needing:
+        raise ConfigError(
+            f'exchange="off" quantizes nothing, and {" and ".join(needing)} need quantized gradients: use "by_bytes", '
+            f'"allgather" or "reduce_scatter", or leave out {" and ".join(needing)}'
+        )
 
 
 def _start(session: Session, world: World, key: str, exchange: Exchange, values: list[torch.Tensor]) -> None:

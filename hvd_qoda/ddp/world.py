@@ -11,7 +11,7 @@ from hvd_qoda.ddp.all_reduce import AllReduceExchange
 from hvd_qoda.ddp.fusion import plan_of
 from hvd_qoda.ddp.ordered import OrderedExchanges
 from hvd_qoda.ddp.worker import ExchangeThread
-from hvd_qoda.errors import ConfigError, QodaError
+from hvd_qoda.errors import QodaError
 from hvd_qoda.exchange import Exchange
 from hvd_qoda.hosts import Hosts, gather_hosts
 from hvd_qoda.schemes import make_exchange
@@ -70,18 +70,10 @@ class World:
     Args:
         process_group: of the ranks; None for all.
         session: whose gradients are exchanged.
-
-    Raises:
-        ConfigError: for exchange="off" with what needs quantized gradients.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, session: Session) -> None:
         scheme = session.config.exchange
-        if scheme == "off" and (session.config.worker_norms or session.config.error_feedback):
-            raise ConfigError(
-                'exchange="off" quantizes nothing, and worker_norms and error_feedback need quantized gradients: use '
-                '"by_bytes", "allgather" or "reduce_scatter"'
-            )
         ranks = TorchTransport(process_group).ranks
         gathers = dist.new_group(list(ranks), backend=_backend(process_group), use_local_synchronization=True)
         # Two NCCL communicators may block each other when their kernels start in another order on every rank.

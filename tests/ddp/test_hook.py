@@ -334,14 +334,10 @@ def test_off_divides_before_it_sums_and_learns_no_levels(four_ranks: RankPool) -
         assert version == 0
 
 
-def nothing_quantized_but_needed() -> None:
-    for needed in ("worker_norms", "error_feedback"):
-        with pytest.raises(ConfigError, match='exchange="off" quantizes nothing'):
-            Run({**QUICK, "exchange": "off", needed: True}).step(0)
-
-
-def test_off_with_what_needs_quantized_gradients(two_ranks: RankPool) -> None:
-    two_ranks.run(nothing_quantized_but_needed)
+@pytest.mark.parametrize("needed", ["worker_norms", "error_feedback"])
+def test_off_with_what_needs_quantized_gradients_is_refused_before_any_step(needed: str) -> None:
+    with pytest.raises(ConfigError, match=f'exchange="off" quantizes nothing, and {needed} need'):
+        ddp.QodaState(Net(), exchange="off", **{needed: True})
 
 
 def another_model() -> None:

@@ -134,6 +134,10 @@ def test_the_command_line_looks_at_the_optimizer(tmp_path: Path, capsys: pytest.
     assert "knows no 'QODAdm'; did you mean 'QODAdam'?" in error
     assert "knows no 'lr_scheduler'" in check(optimizer={"type": "lr_scheduler"})[2]
     assert 'must map "type"' in check(optimizer="Adam")[2]
+    status, _, error = check(optimizer={"type": "auto", "params": {"lr": "auto"}})
+    assert status == 1
+    assert "filled in by nobody" in error
+    assert '"AdamW" or "QODAdam"' in error
 
 
 def test_the_command_line_says_what_deepspeed_does_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
