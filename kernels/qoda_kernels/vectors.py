@@ -12,8 +12,6 @@ from llvmlite import ir
 from numba.core import cgutils
 
 _BYTE, _WORD, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_REGISTER_LANES = 16  # of a vector register of AVX-512
-_MOST_BITS_IN_REGISTERS = 6
 
 
 def _constant(kind: Any, values: Sequence[int | float]) -> Any:
@@ -237,10 +235,10 @@ class Floats:
 
 
 class Table:
-    """A table of 2, 4, ..., 2^bits floats in memory, small enough for registers where the processor can look up there.
+    """A table of 2^bits floats in memory, taken into registers where the processor can look up there and it fits.
 
-    AVX-512 has one instruction for it: it finds 16 numbers in 16, or in twice 16, where a gather takes ten times as
-    long.
+    AVX-512 has one instruction that finds 16 numbers in a register, or in two, AVX2 one that finds 8 numbers in one; a
+    gather takes several times as long.
     """
 
     def __init__(self, context: Any, builder: Any, pointer: Any, bits: int) -> None:
@@ -253,37 +251,51 @@ class Table:
             bits: of a place.
         """
         self._builder, self._pointer, self._bits = builder, pointer, bits
+        features = context.codegen().magic_tuple()[2].split(",")
+        self._has_avx512 = "+avx512f" in features
+        self._lanes = 16 if self._has_avx512 else 8
         self._registers: list[Any] = []
-        if bits <= _MOST_BITS_IN_REGISTERS and "+avx512f" in context.codegen().magic_tuple()[2].split(","):
+        if bits <= (6 if self._has_avx512 else 5 if "+avx2" in features else 0):
             loaded = Floats.load(builder, builder.ptrtoint(pointer, _LONG), 1 << bits).value
             nothing = ir.Constant(loaded.type, ir.Undefined)
-            for begin in range(0, 1 << bits, _REGISTER_LANES):
-                places = [min(begin + lane, (1 << bits) - 1) for lane in range(_REGISTER_LANES)]
+            for begin in range(0, 1 << bits, self._lanes):
+                places = [min(begin + lane, (1 << bits) - 1) for lane in range(self._lanes)]
                 self._registers.append(builder.shuffle_vector(loaded, nothing, _constant(_WORD, places)))
 
     def look_up(self, places: Words) -> Floats:
         """The element at each place, of which only the low bits count.
 
         Args:
-            places: 16 words, or any number where the processor gathers.
+            places: 16 words.
         """
         if not self._registers:
             return look_up(self._pointer, places & ((1 << self._bits) - 1))
-        if self._bits < 4:
-            return self._permuted(self._registers, places & ((1 << self._bits) - 1))
-        pairs = [self._permuted(self._registers[n : n + 2], places) for n in range(0, len(self._registers), 2)]
-        return pairs[0] if len(pairs) == 1 else pairs[1].where(places & 32, pairs[0])
+        builder, count = self._builder, places.count
+        if count > self._lanes:
+            halves = [Words(builder, _half(builder, places.value, begin)) for begin in (0, count // 2)]
+            low, high = (self.look_up(half).value for half in halves)
+            return Floats(builder, builder.shuffle_vector(low, high, _constant(_WORD, range(count))))
+        if 1 << self._bits < self._lanes:
+            places = places & ((1 << self._bits) - 1)
+        step = 2 if self._has_avx512 else 1  # registers that one instruction looks in
+        found = [self._permuted(self._registers[n : n + step], places) for n in range(0, len(self._registers), step)]
+        bit = self._lanes * step
+        while len(found) > 1:
+            found = [high.where(places & bit, low) for low, high in zip(found[::2], found[1::2], strict=True)]
+            bit *= 2
+        return found[0]
 
     def _permuted(self, registers: Sequence[Any], places: Words) -> Floats:
         """The elements of one register, or of two; higher bits of the places are ignored."""
         floats, words = registers[0].type, places.value.type
-        if len(registers) == 1:
-            name, kinds, arguments = "permvar.sf.512", [floats, words], [registers[0], places.value]
-        else:
-            name, kinds = "vpermi2var.ps.512", [floats, words, floats]
+        if len(registers) == 2:
+            name, kinds = "avx512.vpermi2var.ps.512", [floats, words, floats]
             arguments = [registers[0], places.value, registers[1]]
+        else:
+            name = "avx512.permvar.sf.512" if self._has_avx512 else "avx2.permps"
+            kinds, arguments = [floats, words], [registers[0], places.value]
         function = cgutils.get_or_insert_function(
-            self._builder.module, ir.FunctionType(floats, kinds), f"llvm.x86.avx512.{name}"
+            self._builder.module, ir.FunctionType(floats, kinds), f"llvm.x86.{name}"
         )
         return Floats(self._builder, self._builder.call(function, arguments))
 

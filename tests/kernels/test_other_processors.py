@@ -1,4 +1,4 @@
-"""The CPU kernels on processors that this machine has not: the same bits without AVX, and code for arm64.
+"""The CPU kernels on processors that this machine is not: the same bits without AVX, with AVX2, and code for arm64.
 
 The machine's own kernels are what all other tests run. Here the kernels are compiled once more, in another process.
 """
@@ -8,10 +8,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numba.core.registry import cpu_target
 
 from qoda_kernels.codec import Codec
 from tests.kernels.codebooks import codebook_for, context, rotated_codebook, single_slice_plan
@@ -23,6 +25,7 @@ CODEBOOKS = (
 )
 """Between them they use most of the vector code: searches of levels, norms, rotation, dither and its absence."""
 
+FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 END_OF_PART = "; end of part\n"
 ARM64 = "aarch64-unknown-linux-gnu"
 # Numba's own counting of references, as LLVM writes it for x86.
@@ -43,6 +46,10 @@ def digest_of_messages() -> str:
     return digest.hexdigest()
 
 
+def print_digest() -> None:
+    print(digest_of_messages())
+
+
 def print_digest_and_code() -> None:
     """What a lesser processor makes of the messages, and what Numba hands to LLVM for two of its kernels."""
     from qoda_kernels import cpu
@@ -53,14 +60,13 @@ def print_digest_and_code() -> None:
         print(END_OF_PART, compiled.library.get_llvm_str())
 
 
-@pytest.fixture(scope="module")
-def lesser_processor(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What `print_digest_and_code` prints without vector extensions, with an empty cache, which would not give code."""
-    code = f"import runpy; runpy.run_path({__file__!r})['print_digest_and_code']()"
+def run_as(processor: str, features: str, function: str, cache: Path) -> str:
+    """What a function of this file prints in a process that compiles for another processor, with an empty cache."""
+    code = f"import runpy; runpy.run_path({__file__!r})[{function!r}]()"
     environment = {
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": "",
-        "NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "NUMBA_CPU_NAME": processor,
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(cache),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     ran = subprocess.run(
@@ -72,11 +78,23 @@ def lesser_processor(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    return ran.stdout.split(END_OF_PART)
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def lesser_processor(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What `print_digest_and_code` prints without vector extensions; code in the cache would not be printed."""
+    return run_as("generic", "", "print_digest_and_code", tmp_path_factory.mktemp("cache")).split(END_OF_PART)
 
 
 def test_the_same_bits_without_vector_extensions(lesser_processor: list[str]) -> None:
     assert lesser_processor[0].strip() == digest_of_messages()
+
+
+@pytest.mark.skipif("+avx2" not in FEATURES or "+fma" not in FEATURES, reason="this processor has no AVX2")
+def test_the_same_bits_with_avx2(tmp_path: Path) -> None:
+    """Most processors have it but not AVX-512, and look up levels by other instructions."""
+    assert run_as("haswell", "+avx2,+fma", "print_digest", tmp_path).strip() == digest_of_messages()
 
 
 def test_the_kernels_compile_for_arm64_to_vector_code_without_contraction(lesser_processor: list[str]) -> None:
