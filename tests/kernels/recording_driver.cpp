@@ -67,7 +67,10 @@ int cuCtxGetDevice(int* device) {
     return success;
 }
 
-int cuMemGetInfo(size_t* free_bytes, size_t* bytes) { *free_bytes = *bytes = size_t(80) << 30; return success; }
+int cuMemGetInfo(size_t* free_bytes, size_t* bytes) {
+    *free_bytes = *bytes = size_t(80) << 30;
+    return current.empty() ? invalid_context : success;
+}
 int cuLibraryLoadData(Library** library, const char* image, void*, void*, unsigned, void*, void*, unsigned) {
     uint64_t headers;  // of a cubin, which is an ELF file: the section headers are last
     uint16_t size, count;
