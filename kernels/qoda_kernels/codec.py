@@ -18,8 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qoda_kernels import cpu, tasks
+from qoda_kernels import tasks
 from qoda_kernels.codebook import ROWS, Codebook
+from qoda_kernels.cpu import arguments
+from qoda_kernels.cpu.decoding import decoder
+from qoda_kernels.cpu.encoding import encoder
+from qoda_kernels.cpu.exact import exact_decoder, exact_encoder
+from qoda_kernels.cpu.level_tables import kernel_table
+from qoda_kernels.cpu.rotated import rotated_decoder, rotated_encoder
 from qoda_kernels.errors import PlanError, WireError
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Segment
 from qoda_kernels.reference import rounding_table, signed_levels
@@ -39,10 +45,10 @@ from qoda_kernels.wire import Header, HeaderWords, MessageContext, check_header,
 from qoda_kernels.worker_threads import WorkerThreads
 
 _KINDS = {
-    torch.float32: cpu.FLOAT32,
-    torch.float16: cpu.FLOAT16,
-    torch.bfloat16: cpu.BFLOAT16,
-    torch.float64: cpu.FLOAT64,
+    torch.float32: arguments.FLOAT32,
+    torch.float16: arguments.FLOAT16,
+    torch.bfloat16: arguments.BFLOAT16,
+    torch.float64: arguments.FLOAT64,
 }
 _SMALLEST_SHARE = 16_384  # coordinates that are worth a call of a kernel on their own
 _SHARES_PER_THREAD = 8  # so that a thread that comes late, or is slow, delays the others little
@@ -56,7 +62,7 @@ class _Group:
     Attributes:
         codebook: its key.
         dtype: of the tensors.
-        parts: int64 [n, cpu.PART_FIELDS].
+        parts: int64 [n, arguments.PART_FIELDS].
     """
 
     codebook: str
@@ -227,23 +233,21 @@ class Codec:
 
     def _encoders(self, is_stratified: bool) -> TaskTable:
         """The tasks that encode a message; they are made once."""
-        tables = {
-            key: cpu.kernel_table(rounding_table(book)) for key, book in self._codebooks.items() if not book.is_exact
-        }
+        tables = {key: kernel_table(rounding_table(book)) for key, book in self._codebooks.items() if not book.is_exact}
 
         def row(group: _Group) -> TaskRow:
             book = self._codebooks[group.codebook]
             if book.is_exact:
-                return TaskRow(tasks.EXACT, cpu.exact_encoder(), group.parts, (group.dtype.itemsize,))
+                return TaskRow(tasks.EXACT, exact_encoder(), group.parts, (group.dtype.itemsize,))
             table, kind = tables[group.codebook], _KINDS[group.dtype]
             clip = float32_bits(book.clip)
             scalars = book.bucket_size, book.format.norm_bytes, book.norm == "l2", clip
             shared = group.parts, scalars, table.lines, table.levels, table.cells
             if book.rotation == "none":
-                kernel = cpu.encoder(book.bits, book.format.lanes, table.method, kind, is_stratified)
+                kernel = encoder(book.bits, book.format.lanes, table.method, kind, is_stratified)
                 return TaskRow(tasks.PLAIN, kernel, *shared)
             rounds = is_stratified, book.rounding == "nearest"
-            kernel = cpu.rotated_encoder(book.bits, book.bucket_size, table.method, kind, *rounds)
+            kernel = rotated_encoder(book.bits, book.bucket_size, table.method, kind, *rounds)
             magnitudes = np.array(book.levels, dtype=np.float32)
             return TaskRow(tasks.ROTATED, kernel, *shared, book.spread, magnitudes)
 
@@ -258,12 +262,12 @@ class Codec:
         def row(group: _Group) -> TaskRow:
             book, kind = self._codebooks[group.codebook], _KINDS[group.dtype]
             if book.is_exact:
-                return TaskRow(tasks.EXACT, cpu.exact_decoder(), group.parts, (kind,))
+                return TaskRow(tasks.EXACT, exact_decoder(), group.parts, (kind,))
             scalars = book.bucket_size, book.format.norm_bytes
             if book.rotation == "none":
-                kernel = cpu.decoder(book.bits, book.format.lanes, kind)
+                kernel = decoder(book.bits, book.format.lanes, kind)
                 return TaskRow(tasks.PLAIN, kernel, group.parts, scalars, levels=levels[group.codebook])
-            kernel = cpu.rotated_decoder(book.bits, book.bucket_size, kind)
+            kernel = rotated_decoder(book.bits, book.bucket_size, kind)
             return TaskRow(tasks.ROTATED, kernel, group.parts, scalars, levels=levels[group.codebook])
 
         return TaskTable([row(group) for group in self._groups])
@@ -411,7 +415,7 @@ def _grouped(plan: MessagePlan, runs: Sequence[tuple[int, int, int]]) -> list[_G
 
 
 def _part(index: int, segment: Segment, begin: int, end: int) -> list[int]:
-    """Fields of a part, in the order of `cpu`: the buckets [begin, end) of a segment."""
+    """Fields of a part, in the order of `cpu.arguments`: the buckets [begin, end) of a segment."""
     size, length = segment.format.bucket_size, segment.slice.length
     first, last = begin * size, min(end * size, length)
     is_last = end == segment.buckets
@@ -422,13 +426,13 @@ def _part(index: int, segment: Segment, begin: int, end: int) -> list[int]:
         bucket_bytes = size // ROWS * segment.format.bits
     codes_begin = segment.codes_begin + begin * bucket_bytes
     codes_end = segment.codes_begin + (segment.codes_bytes if is_last else end * bucket_bytes)
-    fields = [0] * cpu.PART_FIELDS
-    fields[cpu.SEGMENT] = index
-    fields[cpu.FIRST] = first
-    fields[cpu.LENGTH] = last - first
-    fields[cpu.COORDINATE] = (segment.slice.coordinate + first + 2**63) % 2**64 - 2**63  # the low 64 bits
-    fields[cpu.NORMS_BEGIN] = norms_begin
-    fields[cpu.CODES_BEGIN] = codes_begin
-    fields[cpu.CODES_END] = codes_end
-    fields[cpu.END] = segment.end if is_last else codes_end
+    fields = [0] * arguments.PART_FIELDS
+    fields[arguments.SEGMENT] = index
+    fields[arguments.FIRST] = first
+    fields[arguments.LENGTH] = last - first
+    fields[arguments.COORDINATE] = (segment.slice.coordinate + first + 2**63) % 2**64 - 2**63  # the low 64 bits
+    fields[arguments.NORMS_BEGIN] = norms_begin
+    fields[arguments.CODES_BEGIN] = codes_begin
+    fields[arguments.CODES_END] = codes_end
+    fields[arguments.END] = segment.end if is_last else codes_end
     return fields

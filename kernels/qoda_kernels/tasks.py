@@ -10,14 +10,21 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
-from qoda_kernels import cpu, word32
+from qoda_kernels import kernel_constants, word32, worker_threads
 from qoda_kernels.compilation import cached_kernel
+from qoda_kernels.compiled_sources import digest_of, named_after
+from qoda_kernels.cpu import arguments
+from qoda_kernels.cpu.checksums import byte_summer
+from qoda_kernels.cpu.compilation import Kernel, inline
+from qoda_kernels.cpu.rotation import ROOTS
 from qoda_kernels.layout import HEADER_BYTES
 from qoda_kernels.wire import CHECKSUM_OF_ZEROS, HeaderWords
 from qoda_kernels.worker_threads import Task, calls, compiled_task
@@ -35,7 +42,7 @@ _SCALARS = 4  # bucket_size, norm_bytes, is_l2, clip; or the one number of a ker
 _LINES, _LEVELS, _CELLS = 8, 9, 10
 _SPREAD = 11  # float32 bits
 _MAGNITUDES = 12
-_ROOTS = 13  # of cpu.ROOTS
+_ROOTS = 13  # of cpu.rotation.ROOTS
 _TASK_WORDS = 14
 
 # Fields of a context that encodes or decodes, uint64 each.
@@ -49,14 +56,18 @@ _SOURCE_COUNT = 11
 _SOURCES = 12  # addresses of the tensors to encode or of the messages to decode; then those of the tensors to write
 
 # Fields of a context that sums and checks messages, likewise.
-_SUMMER = 0  # address of `cpu.byte_summer`
+_SUMMER = 0  # address of `cpu.checksums.byte_summer`
 _RUNS = 1  # that each message is cut into
 _MESSAGES = 2  # address and `wire.HeaderWords` of each
 _MESSAGE_WORDS = 5
 
 _BYTES = 8  # of a word
 _NO_KEY, _NO_HEADER = (0, 0, 0), (0, 0, 0, 0)
-_inline = njit(inline="always", nogil=True, error_model="numpy")
+_DIGEST = digest_of(Path(arguments.__file__).parent, [word32, worker_threads], [kernel_constants])
+
+
+def _kernel(function: Callable[..., Any]) -> Any:
+    return cached_kernel(named_after(_DIGEST, function))
 
 
 class TaskTable:
@@ -81,7 +92,7 @@ class TaskRow:
     Attributes:
         kind: PLAIN, ROTATED or EXACT.
         kernel: an encoder of that kind, or a decoder.
-        parts: int64 [n, cpu.PART_FIELDS].
+        parts: int64 [n, arguments.PART_FIELDS].
         scalars: bucket_size, norm_bytes, and to encode is_l2 and clip; item_bytes or the dtype's kind for exact values.
         lines: float32, to encode.
         levels: float32.
@@ -91,7 +102,7 @@ class TaskRow:
     """
 
     kind: int
-    kernel: cpu.Kernel
+    kernel: Kernel
     parts: npt.NDArray[np.int64]
     scalars: tuple[int, ...]
     lines: npt.NDArray[np.float32] | None = None
@@ -107,7 +118,7 @@ class TaskRow:
         words[_PARTS], words[_PART_COUNT] = self.parts.ctypes.data, len(self.parts)
         words[_SCALARS : _SCALARS + len(self.scalars)] = [int(scalar) for scalar in self.scalars]
         words[_SPREAD] = float32_bits(self.spread)
-        words[_ROOTS] = cpu.ROOTS.ctypes.data
+        words[_ROOTS] = ROOTS.ctypes.data
         tables = ((_LINES, self.lines), (_LEVELS, self.levels), (_CELLS, self.cells), (_MAGNITUDES, self.magnitudes))
         for place, array in tables:
             if array is not None:
@@ -166,7 +177,7 @@ def check_context(messages: Sequence[tuple[int, ...]], runs: int) -> bytes:
         messages: address of each and what its header must be (`wire.HeaderWords`).
         runs: that each message is cut into, so that several threads can sum it.
     """
-    words = cpu.byte_summer().address, runs, *itertools.chain.from_iterable(messages)
+    words = byte_summer().address, runs, *itertools.chain.from_iterable(messages)
     return _packer(len(words))(*words)
 
 
@@ -202,43 +213,43 @@ def sum_task() -> Task:
     return compiled_task(_sum, _last_word_of_one)
 
 
-_call_encoder, _call_rotated_encoder = calls(cpu.ENCODE), calls(cpu.ENCODE_ROTATED)
-_call_decoder, _call_rotated_decoder = calls(cpu.DECODE), calls(cpu.DECODE_ROTATED)
-_call_copy, _call_exact_sum = calls(cpu.COPY), calls(cpu.SUM)
-_call_byte_summer = calls(cpu.SUM_BYTES)
+_call_encoder, _call_rotated_encoder = calls(arguments.ENCODE), calls(arguments.ENCODE_ROTATED)
+_call_decoder, _call_rotated_decoder = calls(arguments.DECODE), calls(arguments.DECODE_ROTATED)
+_call_copy, _call_exact_sum = calls(arguments.COPY), calls(arguments.SUM)
+_call_byte_summer = calls(arguments.SUM_BYTES)
 
 
 words_pointer = intrinsic(word32.pointer(types.uint64))
 _numbers_pointer = intrinsic(word32.pointer(types.int64))
 
 
-@_inline
+@inline
 def _words_at(address, count):  # type: ignore[no-untyped-def]  # Numba infers
     return carray(words_pointer(address), (count,), np.uint64)
 
 
-@_inline
+@inline
 def _half_words_at(address, count):  # type: ignore[no-untyped-def]  # Numba infers
     return carray(word32.word_pointer(address), (count,), np.uint32)
 
 
-@_inline
+@inline
 def _floats_at(address, count):  # type: ignore[no-untyped-def]  # Numba infers
     return carray(word32.float_pointer(address), (np.int64(count),), np.float32)
 
 
-@_inline
+@inline
 def _parts_of(task):  # type: ignore[no-untyped-def]  # Numba infers
-    return carray(_numbers_pointer(task[_PARTS]), (np.int64(task[_PART_COUNT]), cpu.PART_FIELDS), np.int64)
+    return carray(_numbers_pointer(task[_PARTS]), (np.int64(task[_PART_COUNT]), arguments.PART_FIELDS), np.int64)
 
 
-@_inline
+@inline
 def _folded(total):  # type: ignore[no-untyped-def]  # Numba infers
     """`wire.fold_checksum`."""
     return (total ^ (total >> np.uint64(32))) & np.uint64(0xFFFFFFFF) ^ np.uint64(CHECKSUM_OF_ZEROS)
 
 
-@cached_kernel
+@_kernel
 def _encode(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     head = _words_at(context, _SOURCES)
     task = _words_at(head[_TABLE] + np.uint64(_BYTES * _TASK_WORDS * index), _TASK_WORDS)
@@ -259,12 +270,12 @@ def _encode(context, index):  # type: ignore[no-untyped-def]  # Numba infers
         )
     rotation = _half_words_at(context + np.uint64(_BYTES * _ROTATION), 2)
     spread = word32.float_from_bits(np.uint32(task[_SPREAD]))
-    roots = _floats_at(task[_ROOTS], cpu.ROOTS.size)
+    roots = _floats_at(task[_ROOTS], ROOTS.size)
     codebook = first, norm_bytes, is_l2, clip, lines, levels, cells, spread, task[_MAGNITUDES], roots
     return _call_rotated_encoder(task[_KERNEL], (values, parts, message, key, rotation, *codebook))
 
 
-@cached_kernel
+@_kernel
 def _decode(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     head = _words_at(context, _SOURCES)
     task = _words_at(head[_TABLE] + np.uint64(_BYTES * _TASK_WORDS * index), _TASK_WORDS)
@@ -282,17 +293,17 @@ def _decode(context, index):  # type: ignore[no-untyped-def]  # Numba infers
         _call_decoder(task[_KERNEL], (messages, results, parts, scale, first, norm_bytes, levels))
         return np.uint64(0)
     rotation = _half_words_at(context + np.uint64(_BYTES * _ROTATION), 2)
-    roots = _floats_at(task[_ROOTS], cpu.ROOTS.size)
+    roots = _floats_at(task[_ROOTS], ROOTS.size)
     _call_rotated_decoder(task[_KERNEL], (messages, results, parts, scale, rotation, first, norm_bytes, levels, roots))
     return np.uint64(0)
 
 
-@_inline
+@inline
 def _header_of(message):  # type: ignore[no-untyped-def]  # Numba infers
     return _words_at(message, HEADER_BYTES // _BYTES)
 
 
-@_inline
+@inline
 def _last_word(payload_bytes, results, begin, count):  # type: ignore[no-untyped-def]  # Numba infers
     """Last word of a header: size and checksum of the payload, given what its parts add to the checksum's total."""
     total = np.uint64(0)
@@ -301,7 +312,7 @@ def _last_word(payload_bytes, results, begin, count):  # type: ignore[no-untyped
     return payload_bytes | _folded(total) << np.uint64(32)
 
 
-@cached_kernel
+@_kernel
 def _seal(context, results, count):  # type: ignore[no-untyped-def]  # Numba infers
     """Write the header of an encoded message."""
     head = _words_at(context, _SOURCES)
@@ -312,13 +323,13 @@ def _seal(context, results, count):  # type: ignore[no-untyped-def]  # Numba inf
     return np.uint64(0)
 
 
-@_inline
+@inline
 def _expected(context, number):  # type: ignore[no-untyped-def]  # Numba infers
     """Address of a message to check, and what its header must be."""
     return _words_at(context + np.uint64(_BYTES) * np.uint64(_MESSAGES + _MESSAGE_WORDS * number), _MESSAGE_WORDS)
 
 
-@cached_kernel
+@_kernel
 def _sum(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     """What one run of a message's bytes adds to the checksum's total."""
     head = _words_at(context, _MESSAGES)
@@ -329,12 +340,12 @@ def _sum(context, index):  # type: ignore[no-untyped-def]  # Numba infers
     return _call_byte_summer(head[_SUMMER], (message[0], begin, end))
 
 
-@cached_kernel
+@_kernel
 def _last_word_of_one(context, results, count):  # type: ignore[no-untyped-def]  # Numba infers
     return _last_word(_expected(context, 0)[4], results, 0, count)
 
 
-@cached_kernel
+@_kernel
 def _first_refused(context, results, count):  # type: ignore[no-untyped-def]  # Numba infers
     """1 + number of the first message whose header is not what it must be; 0 where there is none."""
     runs = np.int64(_words_at(context, _MESSAGES)[_RUNS])

@@ -17,10 +17,17 @@ from numba import types
 from numba.core.caching import IndexDataCacheFile
 
 import qoda_kernels
-from qoda_kernels import compilation, cpu
+from qoda_kernels import compilation
 from qoda_kernels.compiled_sources import digest_of
+from qoda_kernels.cpu.arguments import FLOAT32
+from qoda_kernels.cpu.checksums import byte_summer
+from qoda_kernels.cpu.compilation import DIGEST, compile_kernel
+from qoda_kernels.cpu.decoding import decoder
+from qoda_kernels.cpu.encoding import encoder
+from qoda_kernels.cpu.norms import max_magnitude
 
 KERNELS = Path(qoda_kernels.__file__).parent
+ON_THE_HOST = "RoundingTable", "fraction_bits", "inverse_root"  # what makes tables, and numbers in a kernel's closure
 SOURCE = """
 from numba import njit
 
@@ -46,20 +53,20 @@ def test_the_log_says_when_a_kernel_is_compiled_and_not_when_it_is_loaded(
     path.write_text(SOURCE)
     signature = types.int64(types.int64)
     with caplog.at_level(logging.INFO, logger="qoda_kernels"):
-        assert cpu._compiled(imported(path, "kernel").double, signature, "doubles").owner(21) == 42
+        assert compile_kernel(imported(path, "kernel").double, signature, "doubles").owner(21) == 42
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "compiling the CPU kernel that doubles; once on this machine, some seconds"
     assert lines[1].startswith("the CPU kernel that doubles is ready after ")
     assert len(lines) == 2
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="qoda_kernels"):
-        assert cpu._compiled(imported(path, "kernel").double, signature, "doubles").owner(21) == 42  # from the disk
+        assert compile_kernel(imported(path, "kernel").double, signature, "doubles").owner(21) == 42  # from the disk
     assert not caplog.records
 
 
 def test_kernels_are_kept_for_the_process() -> None:
-    assert cpu.encoder(4, 32, "uniform", cpu.FLOAT32, False) is cpu.encoder(4, 32, "uniform", cpu.FLOAT32, False)
-    assert cpu.decoder(4, 32, cpu.FLOAT32) is cpu.decoder(4, 32, cpu.FLOAT32)
+    assert encoder(4, 32, "uniform", FLOAT32, False) is encoder(4, 32, "uniform", FLOAT32, False)
+    assert decoder(4, 32, FLOAT32) is decoder(4, 32, FLOAT32)
 
 
 def test_an_import_compiles_nothing_and_leaves_out_what_is_slow_to_load() -> None:
@@ -76,21 +83,6 @@ slow = {"numba.cuda", "horovod", "deepspeed", "wandb", "transformers"} & set(sys
 assert not slow, slow
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-
-
-def test_kernels_are_compiled_anew_when_a_module_that_they_use_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numba's key of a cached kernel holds the kernel's closure, and that the digest of those modules."""
-
-    def key_of(sources: int) -> object:
-        kernels = []
-        monkeypatch.setattr(cpu, "_SOURCES", sources)
-        monkeypatch.setattr(cpu, "_compiled", lambda kernel, signature, name: kernels.append(kernel))
-        cpu.encoder.__wrapped__(4, 32, "uniform", cpu.FLOAT32, False)
-        cpu.decoder.__wrapped__(4, 32, cpu.FLOAT32)
-        return [kernel._cache._index_key((), kernel.targetctx.codegen()) for kernel in kernels]
-
-    assert key_of(1) == key_of(1)
-    assert all(one != other for one, other in zip(key_of(1), key_of(2), strict=True))
 
 
 def test_the_digest_tells_of_every_source_and_of_every_constant(tmp_path: Path) -> None:
@@ -111,28 +103,37 @@ def test_the_digest_tells_of_every_source_and_of_every_constant(tmp_path: Path) 
     assert digest_of(tmp_path / "folder", [module], [constants]) in digests
 
 
+def test_kernels_are_kept_in_files_that_bear_their_digest() -> None:
+    """Numba itself goes by the time stamp of the file in which a kernel is written, and by nothing else."""
+    kernels = encoder(4, 32, "uniform", FLOAT32, False).owner, byte_summer().owner, max_magnitude
+    for kernel, name in zip(kernels, ("encode", "sum_bytes", "max_magnitude"), strict=True):
+        assert f".{name}_{DIGEST}-" in kernel._cache._cache_file._index_name
+
+
 def test_cuda_kernels_are_kept_in_files_that_bear_their_digest() -> None:
     """Numba itself goes by the time stamp of the file in which a kernel is written, and by nothing else."""
     pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
     from numba.cuda.dispatcher import CUDACache
 
     from qoda_kernels.cuda import SIGNATURES
-    from qoda_kernels.cuda.compilation import DIGEST
+    from qoda_kernels.cuda.compilation import DIGEST as DIGEST_OF_CUDA
 
     for name, (function, _) in SIGNATURES.items():
-        assert f".{name}_{DIGEST}-" in CUDACache(function)._cache_file._index_name
+        assert f".{name}_{DIGEST_OF_CUDA}-" in CUDACache(function)._cache_file._index_name
 
 
-def test_kernels_take_from_elsewhere_only_what_their_digest_tells_of() -> None:
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_kernels_take_from_elsewhere_only_what_their_digest_tells_of(target: str) -> None:
     """Code of their folder and of `word32`, and the constants of `kernel_constants` and `records`."""
     wrong = [
-        f"{path.name}: {node.module}"
-        for path in (KERNELS / "cuda").glob("*.py")
+        f"{path.name}: {node.module}.{alias.name}"
+        for path in (KERNELS / target).glob("*.py")
         if path.name not in ("records.py", "compilation.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("qoda_kernels")
-        if not str(node.module).startswith(("qoda_kernels.cuda", "qoda_kernels.kernel_constants"))
-        if [alias.name for alias in node.names] != ["word32"]
+        if not str(node.module).startswith((f"qoda_kernels.{target}", "qoda_kernels.kernel_constants"))
+        for alias in node.names
+        if alias.name not in ("word32", "kernel_constants", *ON_THE_HOST)
     ]
     assert wrong == []
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from qoda_kernels import cpu
+from qoda_kernels import codec
+from qoda_kernels.cpu.level_tables import KernelTable
 from qoda_kernels.reference import RoundingTable
 from tests.kernels.fuzz import Variant, run
 
@@ -27,14 +28,14 @@ def test_random_cases_have_the_references_bits() -> None:
 
 def test_a_wrong_kernel_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the line of a codebook's last interval is half an index too high."""
-    right = cpu.kernel_table
+    right = codec.kernel_table
 
-    def wrong(table: RoundingTable) -> cpu.KernelTable:
+    def wrong(table: RoundingTable) -> KernelTable:
         found = right(table)
         lines = found.lines.copy()
         lines[-1] += 2.0**12
         return dataclasses.replace(found, lines=lines)
 
-    monkeypatch.setattr(cpu, "kernel_table", wrong)
+    monkeypatch.setattr(codec, "kernel_table", wrong)
     with pytest.raises(AssertionError, match="messages differ"):
         run(40, 7, VARIANTS[2:3])

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from qoda_kernels import reference
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
-from qoda_kernels.cpu import BFLOAT16, FLOAT16, kernel_table, round_values, widen_values
+from qoda_kernels.cpu.arguments import BFLOAT16, FLOAT16
+from qoda_kernels.cpu.half_precision import round_values, widen_values
+from qoda_kernels.cpu.level_tables import kernel_table
 from qoda_kernels.gaussian import nearest_codebook, stochastic_codebook
 from tests.kernels.codebooks import DTYPES, codebook_for, context, methods_of, rotated_codebook, single_slice_plan
 

@@ -52,10 +52,12 @@ def print_digest() -> None:
 
 def print_digest_and_code() -> None:
     """What a lesser processor makes of the messages, and what Numba hands to LLVM for two of its kernels."""
-    from qoda_kernels import cpu
+    from qoda_kernels.cpu.arguments import FLOAT32
+    from qoda_kernels.cpu.decoding import decoder
+    from qoda_kernels.cpu.encoding import encoder
 
     print(digest_of_messages())
-    for kernel in (cpu.encoder(5, 64, "minimum", cpu.FLOAT32, False), cpu.decoder(5, 64, cpu.FLOAT32)):
+    for kernel in (encoder(5, 64, "minimum", FLOAT32, False), decoder(5, 64, FLOAT32)):
         (compiled,) = kernel.owner.overloads.values()
         print(END_OF_PART, compiled.library.get_llvm_str())
 

@@ -13,17 +13,16 @@ from numba.core import cgutils
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
-from qoda_kernels.codebook import ROWS
-from qoda_kernels.dither import FIRST_MULTIPLIER, SECOND_MULTIPLIER, WEYL_MULTIPLIER
-from qoda_kernels.kernel_constants import ROUNDING_BITS
-from qoda_kernels.rotation import LANES
-from qoda_kernels.vectors import Floats, Table, Words, look_up, look_up_pairs
+from qoda_kernels import kernel_constants
+from qoda_kernels.cpu.vectors import Floats, Table, Words, look_up, look_up_pairs
+from qoda_kernels.kernel_constants import ROWS, SIGN_LANES
 
-UNIFORM, MINIMUM, CELLS, SEARCH = range(4)  # how a position is found; see `cpu.KernelTable`
+UNIFORM, MINIMUM, CELLS, SEARCH = range(4)  # how a position is found; see `level_tables.KernelTable`
 GROUP = 32  # floats that `largest_magnitude` and `add_squares` take at a time
 
 _BYTE, _WORD, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_ROUNDING_BITS = int(ROUNDING_BITS)
+_ROUNDING_BITS, _WEYL = int(kernel_constants.ROUNDING_BITS), int(kernel_constants.WEYL)
+_MULTIPLIERS = int(kernel_constants.FIRST_MULTIPLIER), int(kernel_constants.SECOND_MULTIPLIER)
 _CACHE_LINE = 64
 _SUMMED_LANES = 16
 _NEAR = 128  # coordinates of a bucket that are transformed at a time: 8 vectors
@@ -137,14 +136,13 @@ class _Signs:
         hashed = _Hash(builder, first, second, _WIDTH)
         numbers = Words.filled(builder, weyl, _WIDTH)
         self._words = [
-            hashed(numbers + Words.multiples(builder, WEYL_MULTIPLIER, _WIDTH, begin))
-            for begin in range(0, LANES, _WIDTH)
+            hashed(numbers + Words.multiples(builder, _WEYL, _WIDTH, begin)) for begin in range(0, SIGN_LANES, _WIDTH)
         ]
 
     def applied(self, values: Floats, place: int) -> Floats:
         """Values that begin at a place, a multiple of 16, of the bucket."""
-        word = self._words[place % LANES // _WIDTH]
-        return (values.as_words() ^ ((word << (31 - place // LANES)) & 0x80000000)).as_floats()
+        word = self._words[place % SIGN_LANES // _WIDTH]
+        return (values.as_words() ^ ((word << (31 - place // SIGN_LANES)) & 0x80000000)).as_floats()
 
 
 def _butterflies(values: list[Floats]) -> list[Floats]:
@@ -288,7 +286,7 @@ class _Hash:
         self._keys = [Words.filled(builder, key, count) for key in keys]
 
     def __call__(self, word: Words) -> Words:
-        for key, multiplier in zip(self._keys, (FIRST_MULTIPLIER, SECOND_MULTIPLIER), strict=True):
+        for key, multiplier in zip(self._keys, _MULTIPLIERS, strict=True):
             if self._is_crowded:
                 word = word ^ key
                 word = word ^ (word >> 15)
@@ -494,7 +492,7 @@ def encode_tile(
                     plane = _plane(*code_words, index, bits)
                     plane.store_low_bytes(_moved(builder, target, index * lanes + begin))
                 continue
-            number = Words.filled(builder, weyl, width) + Words.multiples(builder, WEYL_MULTIPLIER, width, begin)
+            number = Words.filled(builder, weyl, width) + Words.multiples(builder, _WEYL, width, begin)
             strata = _Strata(builder, key, common_first, number, row_step) if is_stratified else None
             # A magnitude is at most the norm, times (1 + 2^-23) with what roundings add: the rounded position is at
             # most that of the highest level. Stratified bits may be 2^16, by a rounding.
