@@ -56,7 +56,7 @@ check_all_tests() { # ARGUMENTS OF PYTEST
         return
     fi
     local processors
-    processors=$(nproc)
+    processors=$(env -u OMP_NUM_THREADS nproc) # which would answer with that variable's number
     check_tests 'not (distributed or timed)' --durations=10 \
         --numprocesses $((processors < 4 ? processors : 4)) --dist loadfile "$@"
     check_tests 'distributed or timed' --durations=10 "$@"
