@@ -259,3 +259,23 @@ def test_float16_is_widened_and_rounded_as_numpy_does() -> None:
     found = np.empty(1, dtype=np.uint16)
     round_values(np.array([-np.nan], dtype=np.float32), FLOAT16, found)
     assert found[0] == 0x7E00
+
+
+def test_a_position_and_its_random_number_are_rounded_once() -> None:
+    """Every coordinate is one whose product with the scale is rounded to another number if done by itself.
+
+    That changes the code of one coordinate in 2^16, which other tests have too few coordinates to notice.
+    """
+    candidates = np.random.default_rng(0).uniform(0, 1, 2**21).astype(np.float32)
+    product = candidates.astype(np.float64) * (7 << reference.fraction_bits(4))
+    chosen = candidates[np.rint(product) != np.rint(product.astype(np.float32))]
+    values = np.resize(chosen, 2**19)
+    values[::512] = 1.0  # the norm of each bucket
+    codebook = Codebook.uniform(4)
+    plan, where = single_slice_plan(values.size, codebook), context()
+    message = Codec(plan, {"other": codebook}).encode([torch.from_numpy(values)], where)
+    segment = plan.segments[0]
+    _, codes = reference.quantize(values, codebook, segment.slice.coordinate, where.key(), where.rotation_key())
+    packed = reference.pack(codes, 4, codebook.format.lanes)
+    found = message.numpy()[segment.codes_begin : segment.codes_begin + segment.codes_bytes]
+    np.testing.assert_array_equal(found, packed)
