@@ -143,14 +143,19 @@ def test_nothing_is_left_after_a_signal(number: signal.Signals) -> None:
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     assert process.stdout is not None
     assert "up" in process.stdout.readline()
-    assert sleeping(seconds)
+    assert comes_to_be(True, seconds)  # the shell says "up" before it starts the sleep
     process.send_signal(number)
     process.wait(20)
-    deadline = time.monotonic() + 10.0
-    while sleeping(seconds) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not sleeping(seconds)
+    assert comes_to_be(False, seconds)
     assert interfaces() == before
+
+
+def comes_to_be(wanted: bool, seconds: str) -> bool:
+    """Whether within 10 s a process sleeps, or none does."""
+    deadline = time.monotonic() + 10.0
+    while sleeping(seconds) != wanted and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return sleeping(seconds) == wanted
 
 
 def sleeping(seconds: str) -> bool:
