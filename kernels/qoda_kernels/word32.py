@@ -65,16 +65,6 @@ def float_from_bits(context: Any, word: Any) -> tuple[Signature, Callable[..., A
 
 
 @intrinsic
-def low_byte(context: Any, word: Any) -> tuple[Signature, Callable[..., Any]]:
-    """Low 8 bits of a uint32 as uint8."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.trunc(arguments[0], ir.IntType(8))
-
-    return types.uint8(types.uint32), generate
-
-
-@intrinsic
 def fused_multiply_add(context: Any, a: Any, x: Any, b: Any) -> tuple[Signature, Callable[..., Any]]:
     """A * x + b of float32, rounded once."""
 
