@@ -29,8 +29,8 @@ check() { # COMMAND...
 check_shell_scripts() {
     if ! command -v shellcheck >/dev/null; then return; fi
     local scripts=()
-    mapfile -t scripts < <(find launch -name '*.sh')
-    check shellcheck .ci/run "${scripts[@]}"
+    mapfile -t scripts < <(find launch -name '*.sh' -o -name '*.sbatch')
+    check shellcheck -x .ci/run "${scripts[@]}"
 }
 
 has_markers() { # ARGUMENTS OF PYTEST

@@ -13,9 +13,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "launch" / "cluster"
 ON_HOSTS = CLUSTER / "train_on_hosts.sh"
-SLURM = CLUSTER / "slurm.sbatch"
 DEEPSPEED_ON_HOSTS = CLUSTER / "deepspeed_on_hosts.sh"
-DEEPSPEED_SLURM = CLUSTER / "deepspeed.sbatch"
+TORCHRUN_ON_HOSTS = CLUSTER / "torchrun_on_hosts.sh"
+HOROVOD_SLURM = CLUSTER / "horovod.sbatch"
+TORCHRUN_SLURM = CLUSTER / "torchrun.sbatch"
+SCRIPTS = [ON_HOSTS, DEEPSPEED_ON_HOSTS, TORCHRUN_ON_HOSTS, HOROVOD_SLURM, TORCHRUN_SLURM]
 SHOW = '#!/bin/sh\nprintf "%s\\n" "$@"\n'
 
 
@@ -41,12 +43,12 @@ def fake_programs(folder: Path, **contents: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("script", [ON_HOSTS, SLURM, DEEPSPEED_ON_HOSTS, DEEPSPEED_SLURM], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_sound(script: Path) -> None:
     assert run(["bash", "-n", script]).returncode == 0
     assert os.access(script, os.X_OK)
     if shutil.which("shellcheck"):
-        outcome = run(["shellcheck", script])
+        outcome = run(["shellcheck", "-x", script])
         assert outcome.returncode == 0, outcome.stdout
 
 
@@ -64,6 +66,43 @@ def test_hosts_are_read_from_the_hostfile(tmp_path: Path) -> None:
     assert shown[7:9] == ["--ssh-port", "2222"]
     assert shown[-4:] == ["--bits", "4", "--data", "a folder"]
     assert Path(shown[-5]) == ROOT / "launch" / "train" / "mnist.py"
+
+
+def test_a_program_of_the_users_is_started_on_the_hosts(tmp_path: Path) -> None:
+    programs = fake_programs(tmp_path / "bin", horovodrun=SHOW, python=SHOW)
+    program = ["python", "train.py", "--epochs", "5", "a name"]
+    outcome = run(
+        [ON_HOSTS, CLUSTER / "hostfile.example", "--", *program],
+        cwd=tmp_path,
+        PATH=f"{programs}:{os.environ['PATH']}",
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.splitlines() == ["--gloo", "-np", "4", "-H", "node1:2,node2:2", *program]
+
+
+@pytest.mark.parametrize("script", [ON_HOSTS, DEEPSPEED_ON_HOSTS, TORCHRUN_ON_HOSTS], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a hostfile"),
+        (["absent"], "cannot read the hostfile absent"),
+        ([CLUSTER / "hostfile.example", "--"], "give a program behind --"),
+    ],
+)
+def test_a_wrong_call_is_refused(script: Path, arguments: list[str | Path], message: str) -> None:
+    outcome = run([script, *arguments])
+    assert outcome.returncode == 2
+    assert f"{script.name}: {message}" in outcome.stderr
+
+
+def test_an_environment_without_the_launcher_is_named(tmp_path: Path) -> None:
+    programs = fake_programs(tmp_path / "bin", python=SHOW)
+    for name in ("bash", "env", "dirname", "basename"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    for script, launcher in ((ON_HOSTS, "horovodrun"), (DEEPSPEED_ON_HOSTS, "deepspeed")):
+        outcome = run([script, CLUSTER / "hostfile.example", "--", "python", "train.py"], PATH=str(programs))
+        assert outcome.returncode == 2
+        assert f"there is no {launcher} " in outcome.stderr
 
 
 @pytest.mark.parametrize(
@@ -87,7 +126,7 @@ def test_slurm_starts_as_many_ranks_as_the_job_has(tmp_path: Path) -> None:
     scontrol = '#!/bin/sh\ntest "$*" = "show hostnames n[3-4]" && printf "n3\\nn4\\n"\n'
     programs = fake_programs(tmp_path / "bin", horovodrun=horovodrun, scontrol=scontrol, python=SHOW)
     outcome = run(
-        [SLURM, "--steps", "9"],
+        [HOROVOD_SLURM, "--steps", "9"],
         cwd=tmp_path,
         PATH=f"{programs}:{os.environ['PATH']}",
         PYTHON=str(programs / "python"),
@@ -102,39 +141,89 @@ def test_slurm_starts_as_many_ranks_as_the_job_has(tmp_path: Path) -> None:
     assert shown[-4:] == ["--threads", "4", "--steps", "9"]
 
 
-def test_deepspeed_gets_the_hostfile_and_the_options(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_own", [False, True], ids=["ours", "the user's"])
+def test_deepspeed_gets_the_hostfile_and_the_program(tmp_path: Path, is_own: bool) -> None:
     programs = fake_programs(tmp_path / "bin", deepspeed=SHOW, python=SHOW)
     hostfile = CLUSTER / "hostfile.example"
     outcome = run(
-        [DEEPSPEED_ON_HOSTS, hostfile, "--zero", "3", "--data", "a folder"],
+        [DEEPSPEED_ON_HOSTS, hostfile, *(["--", "python", "train.py"] if is_own else ["--zero", "3"]), "--data", "a b"],
+        PATH=f"{programs}:{os.environ['PATH']}",
         PYTHON=str(programs / "python"),
         MASTER_ADDR="10.0.0.1",
         DEEPSPEED_ARGUMENTS="--master_port 29501",
     )
     assert outcome.returncode == 0, outcome.stderr
-    program = str(ROOT / "launch" / "train" / "language_model.py")
-    expected = ["--hostfile", str(hostfile), "--master_addr", "10.0.0.1", "--master_port", "29501", program]
-    assert outcome.stdout.splitlines() == [*expected, "--zero", "3", "--data", "a folder"]
-    assert run([DEEPSPEED_ON_HOSTS, tmp_path / "absent"]).returncode == 2
+    program = ["train.py"] if is_own else [str(ROOT / "launch" / "train" / "language_model.py"), "--zero", "3"]
+    expected = ["--hostfile", str(hostfile), "--master_addr", "10.0.0.1", "--master_port", "29501", *program]
+    assert outcome.stdout.splitlines() == [*expected, "--data", "a b"]
 
 
-def test_slurm_starts_torchrun_on_every_node(tmp_path: Path) -> None:
-    scontrol = '#!/bin/sh\nprintf "n3\\nn4\\n"\n'
-    programs = fake_programs(tmp_path / "bin", srun=SHOW, scontrol=scontrol, python=SHOW)
+def test_torchrun_is_started_on_every_host(tmp_path: Path) -> None:
+    ssh = f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/$4\n'  # its options are -tt -o BatchMode=yes
+    programs = fake_programs(tmp_path / "bin", ssh=ssh, python=SHOW)
+    work = tmp_path / "a folder"
+    work.mkdir()
     outcome = run(
-        [DEEPSPEED_SLURM, "--zero", "1"],
+        [TORCHRUN_ON_HOSTS, CLUSTER / "hostfile.example", "--", "python", "train.py", "--name", "it's"],
+        cwd=work,
+        PATH=f"{programs}:{os.environ['PATH']}",
+        INTERFACE="ib0",
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    for rank, name in enumerate(("node1", "node2")):
+        *options, host, command = (tmp_path / name).read_text().splitlines()
+        assert (options, host) == (["-tt", "-o", "BatchMode=yes"], name)
+        # What a shell on the host would make of the line: its folder, and the words of its command.
+        command = command.replace(" exec env ", " pwd && printf '%s\\n' ", 1)
+        folder, *words = run(["bash", "-c", command]).stdout.splitlines()
+        assert folder == str(work)
+        assert "GLOO_SOCKET_IFNAME=ib0" in words
+        begin = words.index(str(programs / "python"))
+        assert words[begin + 1 : begin + 7] == [
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--node-rank",
+            str(rank),
+        ]
+        assert words[begin + 7 : begin + 11] == ["--nproc-per-node", "2", "--master-addr", "node1"]
+        assert words[-3:] == ["train.py", "--name", "it's"]
+
+
+def test_a_host_that_fails_ends_the_others(tmp_path: Path) -> None:
+    ssh = f"#!/bin/sh\nif [ $4 = node1 ]; then exit 7; fi\necho $$ >{tmp_path}/other\nexec sleep 600\n"
+    programs = fake_programs(tmp_path / "bin", ssh=ssh, python=SHOW)
+    outcome = run(
+        [TORCHRUN_ON_HOSTS, CLUSTER / "hostfile.example", "--", "python", "train.py"],
+        PATH=f"{programs}:{os.environ['PATH']}",
+    )
+    assert outcome.returncode == 7, outcome.stderr
+    other = tmp_path / "other"
+    assert not other.exists() or not Path("/proc", other.read_text().strip()).exists()
+
+
+@pytest.mark.parametrize("is_own", [False, True], ids=["ours", "the user's"])
+def test_slurm_starts_torchrun_on_every_node(tmp_path: Path, is_own: bool) -> None:
+    scontrol = '#!/bin/sh\nprintf "n3\\nn4\\n"\n'
+    srun = '#!/bin/sh\nprintf "%s\\n" "$@" "cores $SRUN_CPUS_PER_TASK"\n'
+    programs = fake_programs(tmp_path / "bin", srun=srun, scontrol=scontrol, python=SHOW)
+    outcome = run(
+        [TORCHRUN_SLURM, *(["--", "python", "train.py"] if is_own else ["--zero", "1"])],
         cwd=tmp_path,
         PATH=f"{programs}:{os.environ['PATH']}",
-        PYTHON="python",
+        PYTHON=str(programs / "python"),
         SLURM_SUBMIT_DIR=str(ROOT),
         SLURM_JOB_NODELIST="n[3-4]",
         SLURM_JOB_NUM_NODES="2",
-        SLURM_JOB_ID="77",
+        SLURM_JOB_ID="100077",
+        SLURM_CPUS_PER_TASK="8",
     )
     assert outcome.returncode == 0, outcome.stderr
     shown = outcome.stdout.splitlines()
-    assert shown[:7] == ["python", "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
-    assert shown[-5:] == ["--rdzv-endpoint", "n3:29500", "launch/train/language_model.py", "--zero", "1"]
+    assert shown[:6] == [str(programs / "python"), "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node"]
+    program = ["train.py"] if is_own else [str(ROOT / "launch" / "train" / "language_model.py"), "--zero", "1"]
+    assert shown[shown.index("--rdzv-endpoint") :] == ["--rdzv-endpoint", "n3:20077", *program, "cores 8"]
 
 
 def test_the_kubernetes_job_is_complete() -> None:
