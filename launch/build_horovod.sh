@@ -2,6 +2,8 @@
 # Builds a wheel of Horovod 0.28.1 against the PyTorch that is installed; see --help.
 set -euo pipefail
 
+CONSTRAINTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/constraints.txt
+readonly CONSTRAINTS
 readonly HOROVOD_VERSION=0.28.1
 readonly SDIST_SHA256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 # What to do with a file, in sed's words; why is explained by --help.
@@ -16,7 +18,8 @@ bd359fa17a149c61030e3b64cedd6c7237ddccd1b4f20acc900adda013e60a9a  CMakeLists.txt
 a0dedee45528ecbf2293f81be56c2e90aa80361ef25ba0e091718dfdc63f7a44  third_party/gloo/gloo/alltoallv.cc  $RECEIVE_ALL_THEN_SEND"
 # Variables that Horovod's build reads, as opposed to those that it reads when it runs.
 readonly BUILD_OPTIONS='^HOROVOD_((WITH|WITHOUT)_[A-Z]+|GPU|GPU_[A-Z]+|CPU_OPERATIONS|CUDA_HOME|ROCM_HOME|NCCL_(HOME|INCLUDE|LIB|LINK)|NVTX_INCLUDE|ALLOW_MIXED_GPU_IMPL|BUILD_[A-Z_]+|DEBUG)='
-readonly PYTHON_NEEDS=(torch setuptools wheel packaging cffi cloudpickle psutil pyyaml)
+# What Horovod's own build imports, beside PyTorch.
+readonly BUILD_PACKAGES=(setuptools wheel packaging cffi cloudpickle psutil pyyaml)
 
 usage() {
     cat <<'HELP'
@@ -129,9 +132,12 @@ sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())
 PY
 }
 
-check_python_packages() {
-    local missing
-    missing=$("$PYTHON" - "${PYTHON_NEEDS[@]}" <<'PY'
+check_torch() {
+    [[ -z $(missing_packages torch) ]] || fail "'$PYTHON' has no PyTorch: install it first, because Horovod is built against it"
+}
+
+missing_packages() { # PACKAGES...
+    "$PYTHON" - "$@" <<'PY'
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -139,10 +145,19 @@ for package in sys.argv[1:]:
     try:
         version(package)
     except PackageNotFoundError:
-        print(package, end=" ")
+        print(package)
 PY
-    )
-    [[ -z $missing ]] || fail "'$PYTHON' lacks packages that the build needs; install: $missing"
+}
+
+# The environment itself gets nothing: what it lacks for the build goes into the folder WORK.
+get_build_packages() {
+    local missing
+    mapfile -t missing < <(missing_packages "${BUILD_PACKAGES[@]}")
+    if ((${#missing[@]} == 0)); then return; fi
+    say "Downloading what the build needs: ${missing[*]}"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$CONSTRAINTS" --target "$WORK/packages" \
+        "${missing[@]}" >&2 || fail "pip could not install ${missing[*]}, which the build needs"
+    export PYTHONPATH=$WORK/packages${PYTHONPATH:+:$PYTHONPATH}
 }
 
 # --- The cache -------------------------------------------------------------------------------------------------------
@@ -212,6 +227,7 @@ build_wheel() {
     trap 'rm -rf "$WORK"' EXIT
     source=$WORK/horovod-$HOROVOD_VERSION
     log=$WORK/build.log
+    get_build_packages
     get_source "$WORK"
     patch_source "$source"
     say "Building Horovod $HOROVOD_VERSION, which takes some minutes, with: $(build_options | tr '\n' ' ')"
@@ -244,7 +260,7 @@ main() {
         check_python_headers
         exit
     fi
-    check_python_packages
+    check_torch
     if [[ $USE_CACHE == yes ]]; then
         folder=$(cache_folder)
         wheel=$(find_wheel "$folder")

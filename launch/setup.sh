@@ -9,7 +9,7 @@ readonly CONSTRAINTS=$ROOT/launch/constraints.txt
 readonly SETUP_STAMP=$VENV/.setup-stamp
 readonly HOROVOD_STAMP=$VENV/.horovod-stamp
 readonly EXTRAS=deepspeed,wandb,cuda,dev
-readonly BUILD_PACKAGES=(setuptools wheel packaging cffi cloudpickle psutil pyyaml)
+readonly BUILD_PACKAGES=(setuptools wheel hatchling) # of DeepSpeed and of this project
 
 usage() {
     cat <<'HELP'

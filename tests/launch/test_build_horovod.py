@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,11 @@ def test_mistakes_are_named(arguments: list[str], environment: dict[str, str], m
     outcome = build(*arguments, **environment)
     assert outcome.returncode != 0
     assert message in outcome.stderr
+
+
+def test_a_python_without_torch_is_named(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    venv.create(bare, with_pip=False)
+    outcome = build("--python", str(bare / "bin" / "python"))
+    assert outcome.returncode != 0
+    assert "has no PyTorch: install it first" in outcome.stderr
