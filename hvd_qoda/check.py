@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hvd_qoda.codec_device import checked_problem
+from hvd_qoda.cost_model import CodecSpeed
 from hvd_qoda.gradient_codec import runtime_of
 from hvd_qoda.hosts import gather_hosts
 from hvd_qoda.launched import launched_ranks
 from hvd_qoda.measurement import fitted_codebook, measure_codec, measure_link
-from hvd_qoda.transport import LocalTransport
+from hvd_qoda.transport import LocalTransport, Transport
 from qoda_kernels import __version__
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.registry import COMPRESSIBLE_DTYPES
@@ -35,8 +36,10 @@ __all__ = ["NAME", "SUMMARY", "add_options", "run", "show"]
 NAME = "check"
 SUMMARY = "what is installed and works here"
 
+_TITLES = {"horovod": "Horovod", "deepspeed": "DeepSpeed"}
 _PACKAGES = ("torch", "numpy", "numba", "horovod", "deepspeed", "wandb", "tensorboard", "numba-cuda")
 _IMPORT_TIMEOUT_S = 120.0
+_CODEC_MEASUREMENTS = 5  # the middle one counts: a machine that does other work makes single ones several times as slow
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +52,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     threads = WorkerThreads(allotted_threads(os.environ))
     with launched_ranks() as transport:
         ranks = LocalTransport() if transport is None else transport
-        codec = measure_codec(fitted_codebook(options.bits), ranks, threads)
+        codecs = _codec_speeds(options.bits, ranks, threads)
         # One rank speaks for all.
         hosts = {"horovod": _horovod(), "deepspeed": _deepspeed()} if ranks.rank == 0 else {}
         found: dict[str, Any] = {
@@ -60,7 +63,13 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
             "hosts": hosts,
             "gpus": _gpus(),
             "coding_on_gpus": _coding_on_gpus(options.bits),
-            "codec": {"bits": options.bits, "threads": threads.count, **asdict(codec)},
+            "codec": {
+                "bits": options.bits,
+                "threads": threads.count,
+                **asdict(codecs[len(codecs) // 2]),
+                "fastest_encode_s": codecs[0].encode_s,
+                "slowest_encode_s": codecs[-1].encode_s,
+            },
             "link": None,
         }
         if transport is not None:
@@ -71,7 +80,40 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
                 "measured": measure_link(transport, where).to_dict(),
             }
             found["silent"] = transport.rank != 0
+    found["verdict"] = _verdict(found)
     return found, 1 if any(host["problem"] for host in hosts.values()) else 0
+
+
+def _codec_speeds(bits: int, ranks: Transport, threads: WorkerThreads) -> list[CodecSpeed]:
+    """The codec's speed several times over, the fastest encoder first."""
+    codebook = fitted_codebook(bits)
+    speeds = [
+        measure_codec(codebook, ranks, threads, name=f"hvd_qoda.codec_speed.{number}")
+        for number in range(_CODEC_MEASUREMENTS)
+    ]
+    return sorted(speeds, key=lambda speed: speed.encode_s)
+
+
+def _verdict(found: dict[str, Any]) -> list[str]:
+    """What follows from the rest, a sentence each: what can be used, what cannot, and whether compression can pay."""
+    hosts = found["hosts"]
+    ready = [_TITLES[name] for name, host in hosts.items() if found["packages"][name] and not host["problem"]]
+    broken = [_TITLES[name] for name, host in hosts.items() if host["problem"]]
+    absent = [_TITLES[name] for name in hosts if not found["packages"][name]]
+    sentences = [f"Ready: {', '.join([*ready, 'DistributedDataParallel'])}."]
+    if broken:
+        sentences.append(f"Broken: {', '.join(broken)}, see above.")
+    if absent:
+        sentences.append(f"Not installed: {', '.join(absent)}.")
+    # Coding and decoding once must take less time than sending the saved bytes does.
+    codec = found["codec"]
+    saved_bits = 32 - codec["bits"]
+    mbit = saved_bits / max(codec["encode_s"] + codec["decode_s"], 1e-12) / 1e6
+    sentences.append(
+        f"Coding on this CPU costs less time than it saves between two hosts whose link is slower than about "
+        f"{mbit / 1000:.2g} Gbit/s; hvd-qoda advise says more."
+    )
+    return sentences
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -82,6 +124,8 @@ def show(found: dict[str, Any], console: Console) -> None:
         table.add_row(name, number or "not installed")
     for name, host in found["hosts"].items():
         table.add_row(f"{name} works", host["problem"] or host["says"])
+        for warning in host["warnings"]:
+            table.add_row(f"{name} warns", warning)
     table.add_row("GPUs", ", ".join(found["gpus"]) or "none that torch can use")
     for index, problem in enumerate(found["coding_on_gpus"]):
         said = "passed the self check: same bits as the CPU" if problem is None else f"no, the CPU does it: {problem}"
@@ -90,9 +134,12 @@ def show(found: dict[str, Any], console: Console) -> None:
     table.add_row(
         f"codec, {codec['bits']} bits",
         f"{1e9 * codec['encode_s']:.2f} ns to encode a coordinate, {1e9 * codec['decode_s']:.2f} ns to decode one, "
-        f"{codec['threads']} thread(s)",
+        f"{codec['threads']} thread(s); middle of {_CODEC_MEASUREMENTS} measurements, which lie from "
+        f"{1e9 * codec['fastest_encode_s']:.2f} to {1e9 * codec['slowest_encode_s']:.2f} ns to encode",
     )
     console.print(table)
+    for sentence in found["verdict"]:
+        console.print(sentence)
     if found["link"] is None:
         console.print("Not started by a launcher, so no link was measured. Under it: horovodrun -np K hvd-qoda check")
         return
@@ -115,7 +162,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _horovod() -> dict[str, str | None]:
+def _horovod() -> dict[str, Any]:
     program = (
         "import horovod.torch as h; "
         "print(*[n for n in ('gloo', 'mpi', 'nccl') if getattr(h, n + '_built')()], sep=', ')"
@@ -123,16 +170,16 @@ def _horovod() -> dict[str, str | None]:
     return _host("horovod", program, "built with {}", "build it with launch/build_horovod.sh")
 
 
-def _deepspeed() -> dict[str, str | None]:
+def _deepspeed() -> dict[str, Any]:
     return _host(
         "deepspeed", "import ds_plugin; print(ds_plugin.__name__)", "the plug-in {} imports", "see its message"
     )
 
 
-def _host(package: str, program: str, says: str, advice: str) -> dict[str, str | None]:
+def _host(package: str, program: str, says: str, advice: str) -> dict[str, Any]:
     """Try a host in a process of its own: a broken one may take the interpreter with it."""
     if find_spec(package) is None:
-        return {"says": "not installed", "problem": None}
+        return {"says": "not installed", "problem": None, "warnings": []}
     # Ranks of a job do not pass their places on: the child is no member of it.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HOROVOD_", "OMPI_", "PMI_"))}
     try:
@@ -145,12 +192,15 @@ def _host(package: str, program: str, says: str, advice: str) -> dict[str, str |
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"says": None, "problem": f"importing it took more than {_IMPORT_TIMEOUT_S:g} s"}
+        return {"says": None, "problem": f"importing it took more than {_IMPORT_TIMEOUT_S:g} s", "warnings": []}
     lines = outcome.stdout.strip().splitlines()
+    complaints = outcome.stderr.strip().splitlines()
+    # For example that torch is of another version than the one it was built for.
+    warnings = list(dict.fromkeys(line.strip() for line in complaints if "warn" in line.lower()))
     if outcome.returncode == 0 and lines:
-        return {"says": says.format(lines[-1]), "problem": None}
-    reason = (outcome.stderr.strip().splitlines() or [f"exit status {outcome.returncode}"])[-1]
-    return {"says": None, "problem": f"does not work: {reason}; {advice}"}
+        return {"says": says.format(lines[-1]), "problem": None, "warnings": warnings}
+    reason = (complaints or [f"exit status {outcome.returncode}"])[-1]
+    return {"says": None, "problem": f"does not work: {reason}; {advice}", "warnings": warnings}
 
 
 def _coding_on_gpus(bits: int) -> list[str | None]:
