@@ -3,7 +3,7 @@
 Predictions of the cost model, with the speed of this machine's codec (measured) and ring collectives over links of the
 stated bandwidth and latency (assumed). Every cell shows the scheme that exchange="auto" would begin with and how much
 faster than the host's own fp32 all-reduce the exchange is; the break-even is the bandwidth above which plain gradients
-win. Started by horovodrun, the link among the ranks is measured as well, and the last table says what is best here.
+win. Started by horovodrun, the link among the ranks is measured as well, and the first lines say what is best here.
 """
 
 import argparse
@@ -101,7 +101,56 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Print what `run` has found."""
+    """Print what `run` has found: what follows from it, then the link at hand, then the tables."""
+    for sentence in _conclusions(found):
+        console.print(sentence)
+    if found["here"] is not None:
+        _show_here(found["here"], console)
+    _show_predictions(found, console)
+
+
+def _conclusions(found: dict[str, Any]) -> list[str]:
+    """The answer, a sentence for each size of the model where the link was measured, else for each number of ranks."""
+    if found["here"] is not None:
+        return [_conclusion_here(row, found["here"]) for row in found["here"]["rows"]]
+    sentences = []
+    cells = found["cells"]
+    for size in dict.fromkeys(cell["ranks"] for cell in cells):
+        limits = [cell["break_even_mbit"] for cell in cells if cell["ranks"] == size]
+        if None in limits:
+            told = "always pay" if set(limits) == {None} else "pay on every link for some of these models"
+        elif max(limits) == 0.0:
+            told = "never pay"
+        else:
+            told = f"pay on links up to {_bandwidth(min(limits))} to {_bandwidth(max(limits))}, by the model's size"
+        sentences.append(f"{size} ranks: {found['bits']} bits {told}.")
+    return [*sentences, "To measure the link at hand: horovodrun -np K -H HOSTS hvd-qoda advise"]
+
+
+def _conclusion_here(row: dict[str, Any], here: dict[str, Any]) -> str:
+    """What to do with a model of one size on the measured link."""
+    size, best = f"{_count(row['elements'])} parameters", row["scheme"]
+    plain, chosen = row["seconds"]["off"], row["seconds"][best]
+    if best == "off":
+        fastest = min((row["seconds"][name], name) for name in here["schemes"] if name != "off")
+        return (
+            f"{size}: leave gradients alone, this link is faster than coding "
+            f"({1e3 * plain:.3g} ms; the next best, {fastest[1]}, would take {1e3 * fastest[0]:.3g} ms)."
+        )
+    return f'{size}: exchange="{best}" takes {1e3 * chosen:.3g} ms, {plain / chosen:.2g} times as fast as fp32.'
+
+
+def _show_here(here: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"Here: {here['ranks']} ranks on {here['hosts']} host(s), link measured")
+    for name in ("parameters", "best", "buffers", *here["schemes"]):
+        table.add_column(name, justify="right")
+    for row in here["rows"]:
+        times = [f"{1e3 * row['seconds'][scheme]:.3g} ms" for scheme in here["schemes"]]
+        table.add_row(_count(row["elements"]), row["scheme"], f"{row['buffer_bytes'] / 2**20:g} MiB", *times)
+    console.print(table)
+
+
+def _show_predictions(found: dict[str, Any], console: Console) -> None:
     codec = found["codec"]
     console.print(
         f"Prediction for {found['bits']} bits, latency {1e6 * found['latency_s']:g} us, "
@@ -122,17 +171,6 @@ def show(found: dict[str, Any], console: Console) -> None:
             table.add_row(_count(elements), *shown, _bandwidth(row[0]["break_even_mbit"]))
         console.print(table)
     console.print(", ".join(f"{short}: {name}" for name, short in _SHORT.items() if name != "fp16"))
-    if found["here"] is None:
-        console.print("Not started by a launcher, so no link was measured. Under it: horovodrun -np K hvd-qoda advise")
-        return
-    here = found["here"]
-    table = Table(title=f"Here: {here['ranks']} ranks on {here['hosts']} host(s), link measured")
-    for name in ("parameters", "best", "buffers", *here["schemes"]):
-        table.add_column(name, justify="right")
-    for row in here["rows"]:
-        times = [f"{1e3 * row['seconds'][scheme]:.3g} ms" for scheme in here["schemes"]]
-        table.add_row(_count(row["elements"]), row["scheme"], f"{row['buffer_bytes'] / 2**20:g} MiB", *times)
-    console.print(table)
 
 
 _SHORT = {"off": "off", "fp16": "16", "allgather": "AG", "reduce_scatter": "RS", "hierarchical": "H"}
@@ -227,7 +265,10 @@ def _bandwidth(mbit: float | None) -> str:
         return "always pays"
     if mbit == 0.0:
         return "never pays"
-    return f"{mbit / 1000:.3g} Gbit/s" if mbit >= 1000 else f"{mbit:.3g} Mbit/s"
+    for factor, unit in ((1e6, "Tbit/s"), (1e3, "Gbit/s")):
+        if mbit >= factor:
+            return f"{mbit / factor:.3g} {unit}"
+    return f"{mbit:.3g} Mbit/s"
 
 
 def _rate(seconds: float) -> str:

@@ -56,19 +56,32 @@ def test_advise_says_what_is_best_where_it_is_launched(
     monkeypatch.setattr(advise, "gather_hosts", lambda transport: Hosts((0, 0, 1, 1)))
     assert cli.main(["advise", "--elements", "25000000", "--ranks", "2", "--mbit", "1000"]) == 0
     text = capsys.readouterr().out
-    assert "Here: 4 ranks on 2 host(s), link measured" in text
+    # The answer, then the link at hand, then the general tables.
+    assert text.startswith('25M parameters: exchange="')
+    assert " times as fast as fp32." in text
+    assert text.index("Here: 4 ranks on 2 host(s), link measured") < text.index("Prediction for 5 bits")
     here = run_json(capsys, "advise", "--elements", "25000000", "--ranks", "2", "--mbit", "1000")["here"]
     assert here["schemes"] == ["off", "fp16", "allgather", "reduce_scatter", "hierarchical"]
     (row,) = here["rows"]
     assert row["scheme"] == min(set(here["schemes"]) - {"fp16"}, key=row["seconds"].get)
 
 
+def test_advise_says_so_where_gradients_are_best_left_alone(
+    codec: CodecSpeed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advise, "launched_ranks", lambda: nullcontext(LocalTransport()))
+    monkeypatch.setattr(advise, "measure_link", lambda transport, hosts: Link.of(Ranks(2, 1), 1e-5, 1e12))
+    monkeypatch.setattr(advise, "gather_hosts", lambda transport: Hosts((0, 1)))
+    assert cli.main(["advise", "--elements", "25000000", "--ranks", "2", "--mbit", "1000"]) == 0
+    assert capsys.readouterr().out.startswith("25M parameters: leave gradients alone")
+
+
 def test_advise_prints_tables(codec: CodecSpeed, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["advise", "--ranks", "4", "16", "--ranks-per-host", "2", "--mbit", "1000", "--latency-us", "100"]
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
-    assert text.startswith("Prediction for 5 bits")
-    for words in ("4 ranks", "16 ranks", "1 Gbit/s", "break-even", "hierarchical", "no link was measured"):
+    assert text.startswith("4 ranks: 5 bits pay on links up to ")
+    for words in ("Prediction for 5 bits", "16 ranks", "1 Gbit/s", "break-even", "hierarchical", "measure the link"):
         assert words in text
 
 
