@@ -6,12 +6,23 @@ from itertools import pairwise
 
 import torch
 
+from hvd_qoda.errors import UnsupportedError
 from hvd_qoda.traffic import all_gather_bytes, all_reduce_bytes
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.layout import MessagePlan, Slice
+from qoda_kernels.layout import EXACT_DTYPES, MessagePlan, Slice
 from qoda_kernels.registry import COMPRESSIBLE_DTYPES, CodebookRegistry, ParameterEntry
 
-__all__ = ["Gradient", "Parcels", "fill_buffers", "overlapping_bytes", "parcels_of", "split_evenly", "with_groups"]
+__all__ = [
+    "Gradient",
+    "Parcels",
+    "fill_buffers",
+    "gradient_slice",
+    "overlapping_bytes",
+    "parcels_of",
+    "real_numel",
+    "split_evenly",
+    "with_groups",
+]
 
 _WORTH_A_COLLECTIVE_BYTES = 2**16  # half a millisecond at 1 Gbit/s
 _OVERLAPPING_BUFFERS = 4
@@ -49,6 +60,30 @@ class Parcels:
 
     plan: MessagePlan | None
     by_host: Mapping[torch.dtype, tuple[str, ...]]
+
+
+def real_numel(entry: ParameterEntry) -> int:
+    """Real numbers in a parameter's gradient: of a complex one the real and imaginary parts."""
+    return entry.numel * (2 if entry.dtype.is_complex else 1)
+
+
+def gradient_slice(entry: ParameterEntry, dtype: torch.dtype) -> Slice:
+    """A whole gradient as part of a message; a complex one travels as pairs of real numbers.
+
+    Args:
+        entry: its parameter.
+        dtype: its own dtype.
+
+    Raises:
+        UnsupportedError: for a dtype that no message carries, such as those of 8 bits.
+    """
+    real = dtype.to_real() if dtype.is_complex else dtype
+    if real not in EXACT_DTYPES:
+        raise UnsupportedError(
+            f"the gradient of parameter {entry.name!r} has dtype {dtype}, which cannot be sent: freeze the parameter "
+            "(requires_grad=False), or keep it in another dtype"
+        )
+    return Slice(entry.name, 0, real_numel(entry), real, entry.codebook, entry.offset)
 
 
 def overlapping_bytes(total_bytes: float, at_most: float, scheme: str) -> float:
@@ -116,7 +151,7 @@ def parcels_of(gradients: Sequence[Gradient], registry: CodebookRegistry, size: 
     What is not quantized travels in the message, too, as raw values that are added up in rank order, if the host's own
     all-reduce would not save more bytes than another collective is worth: always with two ranks, and where there is
     little of it. The host reduces what cannot be in a message: all dtypes but those of 16 and 32 bits. It cannot reduce
-    bfloat16.
+    bfloat16 and complex numbers.
 
     Args:
         gradients: in order, none of them empty.
@@ -129,18 +164,14 @@ def parcels_of(gradients: Sequence[Gradient], registry: CodebookRegistry, size: 
     movable = sum(g.nbytes for g in exact if g.dtype in (torch.float32, torch.float16))
     saved = all_gather_bytes(movable, size) - all_reduce_bytes(movable, size)
     threshold = _WORTH_A_COLLECTIVE_BYTES if quantized else 0
-    in_message = {torch.bfloat16}
+    in_message = {torch.bfloat16, *(g.dtype for g in exact if g.dtype.is_complex)}
     if quantize and saved <= threshold:
         in_message |= {torch.float32, torch.float16}
     by_host: dict[torch.dtype, tuple[str, ...]] = {}
     for gradient in exact:
         if gradient.dtype not in in_message:
             by_host[gradient.dtype] = (*by_host.get(gradient.dtype, ()), gradient.entry.name)
-    slices = [
-        Slice(g.entry.name, 0, g.entry.numel, g.dtype, g.entry.codebook, g.entry.offset)
-        for g in gradients
-        if g in quantized or g.dtype in in_message
-    ]
+    slices = [gradient_slice(g.entry, g.dtype) for g in gradients if g in quantized or g.dtype in in_message]
     books = registry.codebooks if quantize else dict.fromkeys(registry.codebooks, Codebook.exact())
     return Parcels(MessagePlan.build(slices, books) if slices else None, by_host)
 

@@ -27,9 +27,11 @@ from hvd_qoda.description import training_description
 from hvd_qoda.error_feedback import ErrorFeedback
 from hvd_qoda.errors import ConfigError, QodaError, RankMismatchError, RegistryError
 from hvd_qoda.exchange import Exchange, Stamp
+from hvd_qoda.fusion import real_numel
 from hvd_qoda.learnt import learnt_record
 from hvd_qoda.level_updates import LevelUpdates
 from hvd_qoda.optim.worker_norms import WorkerNorms
+from hvd_qoda.parameters import check_parameters, check_unchanged, refuse_sharded_modules
 from hvd_qoda.scheme_choice import SchemeChoice
 from hvd_qoda.staging import cpu_values
 from hvd_qoda.step_account import StepAccount
@@ -99,6 +101,8 @@ class Session:
 
     Raises:
         RegistryError: for layer rules that match nothing, settings that no codebook can have, or a name given twice.
+        ConfigError: for parameters that are not there yet: lazy, or on the meta device.
+        UnsupportedError: for sharded parameters, and gradients of a dtype that cannot be sent.
     """
 
     def __init__(
@@ -109,11 +113,13 @@ class Session:
         name: str = "",
         shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
+        refuse_sharded_modules(parameters)
         pairs = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
         repeated = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         if repeated:
             raise RegistryError(f"parameter names are not unique: {', '.join(repeated)}")
         self.parameters = dict(pairs)
+        check_parameters(self.parameters)
         # Those that are known to have sparse gradients.
         self.sparse_parameters = sparse_parameters(parameters) if isinstance(parameters, nn.Module) else frozenset()
         self.config = config
@@ -187,8 +193,10 @@ class Session:
 
         Raises:
             RankMismatchError: on every rank, if they do not.
+            ConfigError: if parameters have been cast since the session was made, so that their codebooks do not fit.
             UnsupportedError: on every rank, with codec_device="gpu", if no GPU can code the gradients.
         """
+        check_unchanged(self.parameters, self.registry.parameters)
         check_agreement(transport, {**self._description(), **self._device_verdict(transport, self.registry)})
         self._refuse_device(transport)
         self._agreed_with = transport
@@ -330,7 +338,7 @@ class Session:
             contents: key to be given to `observe` or `observe_exact` -> parameters, in order.
         """
         if self._vectors is not None:
-            sizes = {name: entry.numel for name, entry in self.registry.parameters.items()}
+            sizes = {name: real_numel(entry) for name, entry in self.registry.parameters.items()}
             self._vectors.regroup(contents, sizes)
 
     def end_step(self, transport: Transport, order: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Gradients on their way to and from the codecs."""
+"""Gradients on their way to and from the codecs, which know real numbers only: complex ones are pairs of them."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ def values_on(device: torch.device, gradient: torch.Tensor) -> torch.Tensor:
 
     Shares memory with the gradient where it can.
     """
-    return gradient.detach().to(device).reshape(-1)
+    return _real(gradient.detach().to(device)).resolve_neg().reshape(-1)
 
 
 def cpu_values(gradient: torch.Tensor) -> torch.Tensor:
@@ -23,13 +23,13 @@ def cpu_values(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def result_buffer(gradient: torch.Tensor, device: torch.device = _CPU) -> torch.Tensor:
-    """Where new elements of a gradient are to be written: a contiguous 1-D tensor of its dtype on a device.
+    """Where new elements of a gradient are to be written: a contiguous 1-D tensor of its (real) dtype on a device.
 
     The gradient's own memory where it is contiguous and there. To be given to `stored`.
     """
-    if gradient.device == device and gradient.is_contiguous():
-        return gradient.detach().view(-1)
-    return torch.empty(gradient.numel(), dtype=gradient.dtype, device=device)
+    if gradient.device == device and _is_plain(gradient):
+        return _real(gradient.detach()).view(-1)
+    return _real(torch.empty(gradient.numel(), dtype=gradient.dtype, device=device)).view(-1)
 
 
 def stored(gradient: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -39,11 +39,11 @@ def stored(gradient: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         gradient: the gradient itself is returned if `result_buffer` has given its own memory.
         values: what `result_buffer` returned for it, written.
     """
-    if gradient.device == values.device and gradient.is_contiguous():
+    if gradient.device == values.device and _is_plain(gradient):
         return gradient
     # Not into the gradient itself: several of its elements may lie in one place (an expanded tensor).
     result = torch.empty_like(gradient, requires_grad=False)
-    result.copy_(values.view(gradient.shape))
+    _real(result).copy_(values.view(_real(result).shape))
     return result
 
 
@@ -54,9 +54,19 @@ def written_back(
 
     Args:
         gradient: gives shape, dtype and device. Where it is contiguous and on the device its own memory is written.
-        fill: writes a contiguous 1-D tensor of the gradient's dtype.
+        fill: writes a contiguous 1-D tensor of the gradient's dtype, or that of its real part.
         device: where that tensor is to lie.
     """
     values = result_buffer(gradient, device)
     fill(values)
     return stored(gradient, values)
+
+
+def _is_plain(gradient: torch.Tensor) -> bool:
+    """Whether the elements lie in memory in row-major order, as they are: a conjugate may be a mere mark."""
+    return gradient.is_contiguous() and not gradient.is_conj() and not gradient.is_neg()
+
+
+def _real(values: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as a real one, whose last dimension has the real and the imaginary part; others as they are."""
+    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values

@@ -11,9 +11,8 @@ from itertools import groupby
 
 import torch
 
-from hvd_qoda.errors import UnsupportedError
-from hvd_qoda.fusion import fill_buffers
-from qoda_kernels.layout import EXACT_DTYPES, MessagePlan, Slice
+from hvd_qoda.fusion import fill_buffers, gradient_slice
+from qoda_kernels.layout import MessagePlan
 from qoda_kernels.registry import CodebookRegistry, ParameterEntry
 
 __all__ = ["Filling", "fusion_buffers", "plan_of"]
@@ -40,22 +39,14 @@ def plan_of(names: Sequence[str], dtypes: Sequence[torch.dtype], registry: Codeb
 
     Args:
         names: the parameters.
-        dtypes: of their gradients.
+        dtypes: of their gradients; DDP hands complex ones over as real numbers.
         registry: layer types and codebooks.
 
     Raises:
-        UnsupportedError: for dtypes that cannot be sent, such as complex ones.
+        UnsupportedError: for dtypes that cannot be sent.
     """
-    slices = []
-    for name, dtype in zip(names, dtypes, strict=True):
-        entry = registry.parameters[name]
-        if dtype not in EXACT_DTYPES:
-            raise UnsupportedError(
-                f"the gradient of parameter {name!r} has dtype {dtype}, which this hook cannot send: leave the "
-                "parameter out of DistributedDataParallel (parameters_and_buffers_to_ignore) and reduce it yourself"
-            )
-        slices.append(Slice(name, 0, entry.numel, dtype, entry.codebook, entry.offset))
-    return MessagePlan.build(slices, registry.codebooks)
+    entries = [registry.parameters[name] for name in names]
+    return MessagePlan.build([gradient_slice(*part) for part in zip(entries, dtypes, strict=True)], registry.codebooks)
 
 
 @dataclass

@@ -8,8 +8,9 @@ Steps. A step begins with DDP's first reduce bucket and ends when the last one's
 `no_sync()` call no hook and are none. Levels change at its beginning; statistics are exchanged before its end, so that
 between steps all ranks hold the same state.
 
-What travels as it is. Gradients with exact codebooks (biases, norms, small tensors by default) and float64 ones travel
-in the same messages, as raw values; their sum is formed in rank order.
+What travels as it is. Gradients with exact codebooks (biases, norms, small tensors by default), of 64 bits and complex
+ones travel in the same messages, as raw values; their sum is formed in rank order. Of sparse gradients ranks gather the
+rows (`sparse.py`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,10 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 from hvd_qoda.config import QodaConfig
 from hvd_qoda.ddp.fusion import Filling, fusion_buffers
 from hvd_qoda.ddp.ordered import Round
+from hvd_qoda.ddp.sparse import SparseGather
 from hvd_qoda.ddp.step import Arrived, Step
 from hvd_qoda.ddp.world import World
 from hvd_qoda.errors import ConfigError, QodaError
 from hvd_qoda.exchange import Exchange
+from hvd_qoda.fusion import real_numel
 from hvd_qoda.optim.worker_norms import WorkerNorms
 from hvd_qoda.session import Session
 from hvd_qoda.telemetry import Telemetry
@@ -175,7 +178,7 @@ class QodaState:
         step = self._pass
         if step is None:
             raise QodaError("DDP's reduce buckets do not begin with the first one: a step was broken off")
-        lengths = [session.registry.parameters[name].numel for name in names]
+        lengths = [real_numel(session.registry.parameters[name]) for name in names]
         coding_device = (lambda gradients: gradients[0].device) if world.sends_exactly else session.coding_device
         arrived = Arrived(bucket.buffer(), names, lengths, coding_device)
         if world.transport.size == 1:  # nothing to exchange, nothing to quantize
@@ -269,7 +272,7 @@ class QodaState:
         wanted = [
             (session.registry.parameters[name], parameter.device)
             for name, parameter in session.parameters.items()
-            if parameter.requires_grad
+            if parameter.requires_grad and name not in session.sparse_parameters
         ]
         return fusion_buffers(wanted, self._config.fusion_buffer_mb * 2**20)
 
@@ -285,7 +288,13 @@ class QodaState:
 
     def _take(self, session: Session, world: World, step: Step, bucket: Arrived, last: bool) -> None:
         """In the exchange thread: a reduce bucket has come."""
-        for filling in step.take(bucket, last):
+        due = step.take(bucket, last)
+        if bucket.is_sparse:
+            name, gradient = bucket.sparse_gradient()
+            gather = SparseGather(name, gradient, world.transport)
+            deliver = partial(self._finish_sparse, session, world, step, name, gather, bucket)
+            world.exchanges.submit(Round(gather, gather.start, deliver))
+        for filling in due:
             names = filling.present
             values = [filling.gradients[name] for name in names]
             exchange = world.exchange(session.registry, names, [value.dtype for value in values])
@@ -306,15 +315,36 @@ class QodaState:
         exchange.finish(out)
         for mean in out:
             session.arrived(mean)
-        step.under_way -= 1
         complete = [step.owners[name] for name in names if step.owners[name].written()]
+        self._end_one(session, world, step)
+        for bucket in complete:
+            world.outstanding.remove(bucket.future)
+            bucket.hand_back()
+
+    def _finish_sparse(
+        self, session: Session, world: World, step: Step, name: str, gather: SparseGather, bucket: Arrived
+    ) -> None:
+        """Hand back a sparse gradient."""
+        mean = gather.finish()
+        session.arrived(mean.values())
+        session.account(
+            session.registry.parameters[name].codebook,
+            gather.coordinates,
+            gather.sent_bytes,
+            gather.sent_bytes,
+            exact=True,
+        )
+        self._end_one(session, world, step)
+        world.outstanding.remove(bucket.future)
+        bucket.hand_back(mean)
+
+    def _end_one(self, session: Session, world: World, step: Step) -> None:
+        """A fusion buffer or a sparse gradient has arrived; the last one ends the step."""
+        step.under_way -= 1
         if step.all_arrived and step.under_way == 0:
             session.end_step(world.transport, [_key(filling.present) for filling in step.fillings])
             world.end_step()
             self._pass = None
-        for bucket in complete:
-            world.outstanding.remove(bucket.future)
-            bucket.hand_back()
 
 
 def _refuse_without_quantizing(config: QodaConfig) -> None:

@@ -10,10 +10,28 @@ a group for each.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from hvd_qoda.exchange import Exchange, ReduceScatterExchange
+from hvd_qoda.exchange import ReduceScatterExchange
 
 __all__ = ["OrderedExchanges", "Round"]
+
+
+class Phases(Protocol):
+    """What `OrderedExchanges` needs to know of an exchange; see `hvd_qoda.exchange.Exchange`."""
+
+    @property
+    def waiting_for(self) -> str:
+        """Name of the collective under way."""
+
+    def advance(self) -> bool:
+        """Do what can be done without waiting; returns whether only `finish` is left."""
+
+    def ready(self) -> bool:
+        """Whether `finish` would return at once."""
+
+    def drop(self) -> None:
+        """Wait for the round under way, and forget it."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +44,7 @@ class Round:
         finish: decodes; called when the exchange is ready.
     """
 
-    exchange: Exchange
+    exchange: Phases
     start: Callable[[], None]
     finish: Callable[[], None]
 

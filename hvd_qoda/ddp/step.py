@@ -14,7 +14,7 @@ class Arrived:
     """A reduce bucket that DDP has handed over.
 
     Args:
-        buffer: its gradients one behind the other; will hold the mean.
+        buffer: its gradients one behind the other; will hold the mean. Or one sparse gradient.
         names: the parameters, in the buffer's order.
         lengths: their elements.
         coding_device: says where gradients are to be coded; called in the exchange's thread.
@@ -42,10 +42,19 @@ class Arrived:
             torch.get_device_module(buffer.device).current_stream(buffer.device).record_event() if on_device else None
         )
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether this is one sparse gradient."""
+        return self._buffer.is_sparse
+
+    def sparse_gradient(self) -> tuple[str, torch.Tensor]:
+        """Its parameter, and the gradient."""
+        self._wait_until_ready()
+        return self._names[0], self._buffer
+
     def gradients(self) -> dict[str, torch.Tensor]:
         """By parameter: contiguous 1-D tensors where they are coded, to be read and overwritten with the mean."""
-        if self._ready is not None:
-            self._ready.synchronize()
+        self._wait_until_ready()
         self._coded = self._buffer.to(self._coding_device([self._buffer]))
         return dict(zip(self._names, self._coded.split(list(self._lengths)), strict=True))
 
@@ -54,11 +63,15 @@ class Arrived:
         self._missing -= 1
         return self._missing == 0
 
-    def hand_back(self) -> None:
-        """Let DDP have the mean."""
+    def hand_back(self, sparse_mean: torch.Tensor | None = None) -> None:
+        """Let DDP have the mean: what `gradients` holds now, or of a sparse gradient this one."""
         if self._coded is not self._buffer:
             self._buffer.copy_(self._coded)
-        self.future.set_result(self._buffer)
+        self.future.set_result(self._buffer if sparse_mean is None else sparse_mean)
+
+    def _wait_until_ready(self) -> None:
+        if self._ready is not None:
+            self._ready.synchronize()
 
 
 @dataclass
@@ -68,7 +81,7 @@ class Step:
     Attributes:
         fillings: the fusion buffers.
         owners: the reduce bucket that a parameter's gradient came in.
-        under_way: fusion buffers that have been submitted and not finished.
+        under_way: fusion buffers and sparse gradients that have been submitted and not finished.
         all_arrived: whether the last reduce bucket has come.
     """
 
@@ -84,7 +97,7 @@ class Step:
         parameters out.
         """
         due = []
-        gradients = bucket.gradients()
+        gradients = {} if bucket.is_sparse else bucket.gradients()
         self.owners.update(dict.fromkeys(gradients, bucket))
         known = {name for filling in self.fillings for name in filling.names}
         frozen = tuple(name for name in gradients if name not in known)
@@ -98,5 +111,5 @@ class Step:
         if last:
             self.all_arrived = True
             due += [filling for filling in self.fillings if filling.gradients and not filling.is_full]
-        self.under_way += len(due)
+        self.under_way += len(due) + bucket.is_sparse
         return due

@@ -257,7 +257,7 @@ class QodaCompressor:
             session.observe_exact(name, key, gradient)
             sent_bytes = session.meter.all_reduce(gradient.nbytes, size)
             session.account(key, gradient.numel(), raw_bytes, sent_bytes, exact=True)
-            return gradient
+            return gradient.contiguous()  # Horovod reduces no other memory formats
         sent_bytes = session.meter.all_reduce(TOKEN_BYTES, size)
         if route.exchange is not None:
             values = session.corrected(route.exchange, [values_on(context.device, gradient)])

@@ -194,10 +194,12 @@ class SparseGather:
         assert gradient is not None  # as every parameter holds one
         if not gradient.is_sparse:
             gradient = gradient.to_sparse(1)
-        parts = [gradient._indices().t().contiguous(), gradient._values().contiguous()]
+        rows = gradient._values().contiguous()
+        # As bytes, because Horovod does not know every dtype.
+        parts = [gradient._indices().t().contiguous(), rows.view(torch.uint8)]
         for part, what in zip(parts, ("indices", "values"), strict=True):
             sent_bytes = session.meter.all_gather(part.nbytes, size)
-            coordinates = part.numel() if what == "values" else 0
+            coordinates = rows.numel() if what == "values" else 0
             session.account(self._codebook, coordinates, sent_bytes, sent_bytes, exact=True)
             name, process_set = f"{self._name}.{what}", self._reduction.process_set
             self._handles.append(hvd.allgather_async(part, name=name, process_set=process_set))
@@ -206,6 +208,7 @@ class SparseGather:
         """See `Parcel`."""
         handles, self._handles = self._handles, []
         indices, values = _wait(handles, self._name, self._transport)
+        values = values.view(self._parameter.dtype)
         self._session.arrived(values)
         if self._reduction.averages:
             values = values / self._transport.size

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from hvd_qoda.exchange import Exchange
+from hvd_qoda.fusion import gradient_slice
 from hvd_qoda.horovod.world import World
 from hvd_qoda.session import Session
-from qoda_kernels.layout import MessagePlan, Slice
+from qoda_kernels.layout import MessagePlan
 from qoda_kernels.registry import COMPRESSIBLE_DTYPES, ParameterEntry
 
 __all__ = ["ParameterRoutes", "Route"]
@@ -62,8 +63,8 @@ class ParameterRoutes:
         entry = self._session.registry.parameters[name]
         if entry.numel == 0:
             return Route(entry, None, by_host=False)
-        # Horovod reduces every dtype that gradients have, except bfloat16.
-        if scheme == "off" and dtype != torch.bfloat16:
+        # Horovod reduces every dtype that gradients have, except bfloat16 and complex ones.
+        if scheme == "off" and dtype != torch.bfloat16 and not dtype.is_complex:
             return Route(entry, None, by_host=True)
         plan = self._plan(name, dtype)
         if scheme == "off":
@@ -73,8 +74,7 @@ class ParameterRoutes:
     def _plan(self, name: str, dtype: torch.dtype) -> MessagePlan:
         registry = self._session.registry
         entry = registry.parameters[name]
-        slices = [Slice(name, 0, entry.numel, dtype, entry.codebook, entry.offset)]
-        return MessagePlan.build(slices, registry.codebooks)
+        return MessagePlan.build([gradient_slice(entry, dtype)], registry.codebooks)
 
     def _quantizes(self, name: str, dtype: torch.dtype) -> bool:
         registry = self._session.registry
