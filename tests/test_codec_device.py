@@ -222,7 +222,7 @@ def test_a_damaged_message_raises_at_once_and_the_next_one_is_good() -> None:
 def test_what_the_kernels_cannot_take_is_coded_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
     """Codebooks that do not fit into shared memory."""
     caplog.set_level(logging.WARNING)
-    books = {str(index): codebook_for("search", 8, bucket_size=128) for index in range(40)}
+    books = {str(index): codebook_for("close", 8, bucket_size=128) for index in range(40)}
     plan = MessagePlan.build([Slice(key, 0, 130, torch.float32, key, 0) for key in books], books)
     values = [torch.randn(130) for _ in books]
     runtime = MachineRuntime(compiled())

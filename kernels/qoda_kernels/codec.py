@@ -24,9 +24,10 @@ from qoda_kernels.cpu import arguments
 from qoda_kernels.cpu.decoding import decoder
 from qoda_kernels.cpu.encoding import encoder
 from qoda_kernels.cpu.exact import exact_decoder, exact_encoder
-from qoda_kernels.cpu.level_tables import kernel_table
+from qoda_kernels.cpu.level_tables import KernelTable, kernel_table
 from qoda_kernels.cpu.rotated import rotated_decoder, rotated_encoder
 from qoda_kernels.errors import PlanError, WireError
+from qoda_kernels.fastest_method import look_up_way, search_method
 from qoda_kernels.layout import HEADER_BYTES, MessagePlan, Segment
 from qoda_kernels.reference import rounding_table, signed_levels
 from qoda_kernels.tasks import (
@@ -233,7 +234,7 @@ class Codec:
 
     def _encoders(self, is_stratified: bool) -> TaskTable:
         """The tasks that encode a message; they are made once."""
-        tables = {key: kernel_table(rounding_table(book)) for key, book in self._codebooks.items() if not book.is_exact}
+        tables = {key: _table_of(book) for key, book in self._codebooks.items() if not book.is_exact}
 
         def row(group: _Group) -> TaskRow:
             book = self._codebooks[group.codebook]
@@ -265,9 +266,9 @@ class Codec:
                 return TaskRow(tasks.EXACT, exact_decoder(), group.parts, (kind,))
             scalars = book.bucket_size, book.format.norm_bytes
             if book.rotation == "none":
-                kernel = decoder(book.bits, book.format.lanes, kind)
+                kernel = decoder(book.bits, book.format.lanes, kind, look_up_way(book.bits))
                 return TaskRow(tasks.PLAIN, kernel, group.parts, scalars, levels=levels[group.codebook])
-            kernel = rotated_decoder(book.bits, book.bucket_size, kind)
+            kernel = rotated_decoder(book.bits, book.bucket_size, kind, look_up_way(book.bits))
             return TaskRow(tasks.ROTATED, kernel, group.parts, scalars, levels=levels[group.codebook])
 
         return TaskTable([row(group) for group in self._groups])
@@ -375,6 +376,11 @@ def combined(
     for total, result in zip(totals, out, strict=True):
         result.copy_(total.mul_(factor))
     return list(out)
+
+
+def _table_of(book: Codebook) -> KernelTable:
+    table = rounding_table(book)
+    return kernel_table(table, search_method(book.bits) if table.method == "search" else table.method)
 
 
 def _cut(plan: MessagePlan, count: int) -> list[list[tuple[int, int, int]]]:

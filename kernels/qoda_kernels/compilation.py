@@ -27,6 +27,12 @@ def cached_kernel(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
+def folder_of(kernel: Any) -> Path | None:
+    """Folder in which a kernel of `cached_kernel` is kept, which exists; None if it is not kept."""
+    folder = Path(kernel._cache.cache_path)
+    return folder if folder.is_dir() else None
+
+
 class _SharedCache(FunctionCache):
     """Numba's cache of a function; one process at a time writes, and nobody reads what is half written."""
 

@@ -25,16 +25,16 @@ if __package__ in (None, ""):  # run as a file: make the project's folder import
 
 import numpy as np
 import torch
-from llvmlite import binding as llvm
 from rich.console import Console
 from rich.table import Table
 
+from launch.bench.message_digests import CODEBOOKS, power_codebook
+from launch.bench.processors import NATIVE, PROCESSORS, processor_here, restart_for
 from launch.bench.rivals import all_rivals
 from launch.train.options import HelpFormatter, not_negative, positive
 from launch.train.summary import command, write_json
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
-from qoda_kernels.gaussian import nearest_codebook, stochastic_codebook
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.wire import MessageContext
 from qoda_kernels.worker_threads import WorkerThreads
@@ -59,33 +59,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="coordinates of the gradient")
     parser.add_argument("--rounds", type=positive, default=11, help="rounds at 25M; smaller sizes take more")
     parser.add_argument("--seed", type=not_negative, default=0, help="of the gradient")
+    parser.add_argument(
+        "--target", choices=[NATIVE, *PROCESSORS], default=NATIVE, help="processor to compile the kernels for"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the ratios here too")
     return parser.parse_args(arguments)
 
 
-def convex_codebook(bits: int) -> Codebook:
-    """Levels (j/s)^1.5, denser near zero, as fitted levels are."""
-    top = 2 ** (bits - 1) - 1
-    return Codebook(bits, tuple(float((j / top) ** 1.5) for j in range(top + 1)))
-
-
-def concave_codebook(bits: int) -> Codebook:
-    """Levels (j/s)^0.7, denser near one: the general path."""
-    top = 2 ** (bits - 1) - 1
-    return Codebook(bits, tuple(float((j / top) ** 0.7) for j in range(top + 1)))
-
-
-CODEBOOKS = {
-    "uniform, 4 bits": Codebook.uniform(4),
-    "codebook, 4 bits": convex_codebook(4),
-    "codebook, 5 bits": convex_codebook(5),
-    "codebook, 5 bits, general path": concave_codebook(5),
-    "codebook, 8 bits": convex_codebook(8),
-    "exponential, 6 bits": Codebook.exponential(6),
-    "exponential, 8 bits": Codebook.exponential(8),
-    "rotated, 4 bits": stochastic_codebook(4, 512, "fp32"),
-    "rotated to nearest, 4 bits": nearest_codebook(4, False, 512, "fp32"),
-}
 WITH_TWO_THREADS = ("uniform, 4 bits", "codebook, 5 bits")
 STRATIFIED = ("uniform, 4 bits", "codebook, 5 bits")
 
@@ -176,9 +156,16 @@ def ratios(timings: dict[str, Timing]) -> dict[str, float | None]:
         "memcpy_ms": timings[COPY].milliseconds,
         "uniform4_encode_over_memcpy": over("uniform, 4 bits: encode", COPY),
         "codebook5_encode_over_memcpy": over("codebook, 5 bits: encode", COPY),
+        "codebook4_encode_over_memcpy": over("codebook, 4 bits: encode", COPY),
         "codebook8_encode_over_memcpy": over("codebook, 8 bits: encode", COPY),
         "uniform4_decode_over_memcpy": over("uniform, 4 bits: decode", COPY),
         "codebook5_decode_over_memcpy": over("codebook, 5 bits: decode", COPY),
+        "codebook4_decode4_over_memcpy": over("codebook, 4 bits: decode 4 and average", COPY),
+        "codebook5_decode4_over_memcpy": over("codebook, 5 bits: decode 4 and average", COPY),
+        "codebook8_decode_over_memcpy": over("codebook, 8 bits: decode", COPY),
+        "codebook8_decode4_over_memcpy": over("codebook, 8 bits: decode 4 and average", COPY),
+        "rotated4_encode_over_memcpy": over("rotated, 4 bits: encode", COPY),
+        "rotated4_decode_over_memcpy": over("rotated, 4 bits: decode", COPY),
         "uniform4_over_torch_qsgd": over("QSGD, 4 bits, torch operators: encode", "uniform, 4 bits: encode"),
         "codebook5_over_bucketize": over("16 levels, torch.bucketize: encode", "codebook, 5 bits: encode"),
         "codebook5_over_bitsandbytes": over("bitsandbytes, 8 bits: encode", "codebook, 5 bits: encode"),
@@ -203,7 +190,7 @@ def measure_many_tensors(rounds: int, seed: int) -> dict[str, float]:
     100 weights of 4,096 and 50 exact biases of 64 coordinates. The difference is what a tensor costs on top.
     """
     generator = torch.Generator().manual_seed(seed)
-    books = {"weight": convex_codebook(5), "bias": Codebook.exact()}
+    books = {"weight": power_codebook(5, 1.5), "bias": Codebook.exact()}
     shapes = [("weight", 4096)] * 100 + [("bias", 64)] * 50
     slices, offset = [], 0
     for index, (key, length) in enumerate(shapes):
@@ -238,22 +225,24 @@ def table_of(size: str, timings: dict[str, Timing]) -> Table:
     return table
 
 
-def machine() -> dict[str, float | str | None]:
-    """What else ran when the measurement began, on what, and the command."""
+def machine(target: str) -> dict[str, float | str | None]:
+    """What else ran when the measurement began, on what, for what the kernels were compiled, and the command."""
     return {
         "command": command(),
         "processors": float(os.cpu_count() or 1),
         "load_average_of_the_minute_before": os.getloadavg()[0],
-        "numba_target": llvm.get_host_cpu_name(),
+        "processor": processor_here(),
+        "target": target,
         "torch": torch.__version__,
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    restart_for(options.target)
     torch.set_num_threads(1)
     console = Console()
-    results: dict[str, Mapping[str, float | str | None]] = {"machine": machine()}
+    results: dict[str, Mapping[str, float | str | None]] = {"machine": machine(options.target)}
     for size in options.sizes:
         gradient = torch.randn(SIZES[size], generator=torch.Generator().manual_seed(options.seed))
         timings = measure(gradient, options.rounds * ROUNDS[size], IN_A_ROW[size])

@@ -20,10 +20,13 @@ def power_codebook(bits: int, exponent: float, **fields: object) -> Codebook:
 
 
 def codebook_for(method: str, bits: int, **fields: object) -> Codebook:
-    """Codebook that the kernels round by a given method ("uniform", "minimum", "cells" or "search")."""
+    """Codebook whose rounding table has a given method ("uniform", "minimum"), or that must be searched.
+
+    Levels to be searched lie anywhere ("general"), or two of them too close to each other for cells ("close").
+    """
     if method == "uniform":
         return Codebook.uniform(bits, **fields)
-    if method == "search":  # two levels closer to each other than any grid of cells
+    if method == "close":
         levels = list(power_codebook(bits, 0.7).levels)
         levels[-2] = levels[-3] * (1 + 2.0**-14)
         return Codebook(bits, tuple(levels), **fields)
@@ -31,10 +34,10 @@ def codebook_for(method: str, bits: int, **fields: object) -> Codebook:
 
 
 def methods_of(bits: int) -> tuple[str, ...]:
-    """Rounding methods that exist at a code width: two bits have one codebook only, wide codes are searched."""
+    """Kinds of `codebook_for` that exist at a code width: two bits have one codebook only, wide codes are searched."""
     if bits == 2:
         return ("uniform",)
-    return ("uniform", "minimum", "cells") if bits <= 5 else ("uniform", "cells", "search")
+    return ("uniform", "minimum", "general") if bits <= 5 else ("uniform", "general", "close")
 
 
 def rotated_codebook(rounding: str, bits: int, bucket_size: int, norm_format: str = "fp32") -> Codebook:

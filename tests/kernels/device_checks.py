@@ -172,9 +172,9 @@ def check_several_codebooks_of_all_methods(device: Device) -> None:
     codebooks = {
         f"{method}{bits}": codebook_for(method, bits)
         for bits, method in (
-            (3, "search"),
+            (3, "close"),
             (5, "minimum"),
-            (8, "search"),
+            (8, "close"),
             (8, "uniform"),
             (2, "uniform"),
             (4, "minimum"),
@@ -258,7 +258,7 @@ def check_what_does_not_fit_is_refused(device: Device) -> None:
         codec.decode_mean(
             [device.place(torch.zeros(64, dtype=torch.uint8))], [context()], [device.place(torch.zeros(600))]
         )
-    many = {f"{index}": codebook_for("search", 8, bucket_size=128) for index in range(40)}
+    many = {f"{index}": codebook_for("close", 8, bucket_size=128) for index in range(40)}
     with pytest.raises(PlanError, match="shared memory"):
         device.codec(plan_of([(key, 5, torch.float32) for key in many], many), many)
 

@@ -66,7 +66,7 @@ def test_the_log_says_when_a_kernel_is_compiled_and_not_when_it_is_loaded(
 
 def test_kernels_are_kept_for_the_process() -> None:
     assert encoder(4, 32, "uniform", FLOAT32, False) is encoder(4, 32, "uniform", FLOAT32, False)
-    assert decoder(4, 32, FLOAT32) is decoder(4, 32, FLOAT32)
+    assert decoder(4, 32, FLOAT32, "loads") is decoder(4, 32, FLOAT32, "loads")
 
 
 def test_an_import_compiles_nothing_and_leaves_out_what_is_slow_to_load() -> None:

@@ -83,12 +83,12 @@ def test_every_variant_equals_the_cpu(bits: int, method: str) -> None:
     checks.check_every_variant(PtxDevice(1), bits, method)
 
 
-@pytest.mark.parametrize(("bits", "method"), [(3, "minimum"), (4, "uniform"), (6, "search")])
+@pytest.mark.parametrize(("bits", "method"), [(3, "minimum"), (4, "uniform"), (6, "close")])
 def test_codebooks_that_clip_equal_the_cpu(bits: int, method: str) -> None:
     checks.check_clipping(PtxDevice(1), bits, method)
 
 
-@pytest.mark.parametrize(("bits", "method", "strata"), [(4, "uniform", 4), (5, "minimum", 3), (8, "cells", 64)])
+@pytest.mark.parametrize(("bits", "method", "strata"), [(4, "uniform", 4), (5, "minimum", 3), (8, "general", 64)])
 def test_stratified_random_numbers_equal_the_cpu(bits: int, method: str, strata: int) -> None:
     device = PtxDevice(1)
     checks.check_stratified(device, bits, method, strata)

@@ -44,12 +44,12 @@ def test_every_variant(bits: int, method: str) -> None:
     checks.check_every_variant(Gpu(), bits, method)
 
 
-@pytest.mark.parametrize(("bits", "method"), [(3, "minimum"), (4, "uniform"), (6, "search")])
+@pytest.mark.parametrize(("bits", "method"), [(3, "minimum"), (4, "uniform"), (6, "close")])
 def test_codebooks_that_clip(bits: int, method: str) -> None:
     checks.check_clipping(Gpu(), bits, method)
 
 
-@pytest.mark.parametrize(("bits", "method", "strata"), [(4, "uniform", 4), (5, "minimum", 3), (8, "cells", 64)])
+@pytest.mark.parametrize(("bits", "method", "strata"), [(4, "uniform", 4), (5, "minimum", 3), (8, "general", 64)])
 def test_stratified_random_numbers(bits: int, method: str, strata: int) -> None:
     checks.check_stratified(Gpu(), bits, method, strata)
 

@@ -6,12 +6,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qoda_kernels import reference
+from qoda_kernels import codec, reference
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.codec import Codec
 from qoda_kernels.cpu.arguments import BFLOAT16, FLOAT16
 from qoda_kernels.cpu.half_precision import round_values, widen_values
 from qoda_kernels.cpu.level_tables import kernel_table
+from qoda_kernels.cpu.target import bits_in_registers
+from qoda_kernels.fastest_method import search_methods
 from qoda_kernels.gaussian import nearest_codebook, stochastic_codebook
 from tests.kernels.codebooks import DTYPES, codebook_for, context, methods_of, rotated_codebook, single_slice_plan
 
@@ -75,8 +77,29 @@ def test_every_variant(bits: int, method: str, dtype: torch.dtype, narrow: bool)
     for index, length in enumerate((0, 1, 7, 8, 255, 256, 511, 512, 513, 1000, 2048, 3071)):
         norm, norm_format = (("max", "fp32"), ("l2", "bf16"), ("l2", "fp32"), ("max", "bf16"))[index % 4]
         codebook = codebook_for(method, bits, bucket_size=bucket_size, norm=norm, norm_format=norm_format)
-        assert kernel_table(reference.rounding_table(codebook)).method == method
+        assert reference.rounding_table(codebook).method == (method if method in ("uniform", "minimum") else "search")
         check_against_reference(length, codebook, dtype, coordinate=2**32 - 700 * (index % 3), seed=index)
+
+
+@pytest.mark.parametrize("method", ["registers", "cells", "gathered cells", "search"])
+@pytest.mark.parametrize("bits", [3, 5, 6, 8])
+def test_every_way_to_find_an_interval(monkeypatch: pytest.MonkeyPatch, bits: int, method: str) -> None:
+    """The one that is the fastest on this processor is what the other tests run."""
+    if method not in (*search_methods(bits), "search"):
+        pytest.skip(f"this processor does not find {2 ** (bits - 1)} levels by {method}")
+    monkeypatch.setattr(codec, "search_method", lambda bits: method)
+    for index, length in enumerate((7, 512, 1000, 3071)):
+        check_against_reference(length, codebook_for("general", bits), torch.float32, coordinate=5 * index, seed=index)
+
+
+@pytest.mark.parametrize("way", ["registers", "loads", "gathers"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_way_to_look_up_levels(monkeypatch: pytest.MonkeyPatch, bits: int, way: str) -> None:
+    if way == "registers" and not bits_in_registers():
+        pytest.skip("this processor cannot look up in registers")
+    monkeypatch.setattr(codec, "look_up_way", lambda bits: way)
+    for index, length in enumerate((7, 512, 1000, 3071)):
+        check_against_reference(length, Codebook.uniform(bits), torch.float32, coordinate=5 * index, seed=index)
 
 
 @pytest.mark.parametrize(("bits", "method", "dtype"), [(3, "minimum", torch.float32), (4, "uniform", torch.float32)])
@@ -109,15 +132,15 @@ def test_clipping_sends_the_last_level_and_signals_what_is_not_finite() -> None:
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_exponential_levels_are_found_by_their_exponents(bits: int) -> None:
     codebook = Codebook.exponential(bits)
-    table = kernel_table(reference.rounding_table(codebook))
-    assert table.method == ("minimum" if bits <= 5 else "cells")
-    assert table.levels.size <= 2**bits
+    table = reference.rounding_table(codebook)
+    assert table.method == ("minimum" if bits <= 5 else "search")
+    assert kernel_table(table, "minimum" if bits <= 5 else "cells").levels.size <= 2**bits
     check_against_reference(5000, codebook, torch.float32, coordinate=3, seed=1)
 
 
 @pytest.mark.parametrize(
     ("bits", "method", "dtype", "narrow"),
-    [(4, "uniform", torch.float32, False), (5, "minimum", torch.bfloat16, True), (8, "cells", torch.float16, False)],
+    [(4, "uniform", torch.float32, False), (5, "minimum", torch.bfloat16, True), (8, "general", torch.float16, False)],
 )
 def test_stratified_random_numbers(bits: int, method: str, dtype: torch.dtype, narrow: bool) -> None:
     codebook = codebook_for(method, bits, bucket_size=128 if narrow else 512)

@@ -10,6 +10,7 @@ from qoda_kernels.cpu import tiles
 from qoda_kernels.cpu.arguments import CODES_BEGIN, DECODE, FIRST, FLOAT32, LENGTH, NORMS_BEGIN, SEGMENT
 from qoda_kernels.cpu.compilation import Kernel, compile_kernel, inline, kernel
 from qoda_kernels.cpu.half_precision import round_values
+from qoda_kernels.cpu.level_tables import WAYS
 from qoda_kernels.cpu.memory import read_norm
 from qoda_kernels.cpu.partial_tiles import copy_planes, join_rows
 from qoda_kernels.kernel_constants import INFINITY, NAN, ROWS
@@ -17,13 +18,13 @@ from qoda_kernels.kernel_constants import INFINITY, NAN, ROWS
 
 @inline
 def sum_bucket(  # type: ignore[no-untyped-def]  # Numba infers
-    messages, norm_begin, codes_begin, bucket, length, norm_bytes, levels, tail_values, tail_codes, bits, lanes
+    messages, norm_begin, codes_begin, bucket, length, norm_bytes, levels, tail_values, tail_codes, bits, lanes, way
 ):
     """Sum one bucket of all messages; returns whether all its norms are finite, and else leaves the sum unfinished.
 
     The sum, `length` float32, is written to the address `bucket`. norm_begin and codes_begin are the first bytes of the
     norm word and of the codes, counted from a message's start. tail_values, of float32 [ROWS, lanes], and tail_codes,
-    of uint8 [bits, lanes], are addresses of scratch memory.
+    of uint8 [bits, lanes], are addresses of scratch memory. way: see `vectors.py`.
     """
     tile = ROWS * lanes
     full_tiles = length // tile
@@ -38,21 +39,21 @@ def sum_bucket(  # type: ignore[no-untyped-def]  # Numba infers
             place = codes + np.uint64(tile_number * bits * lanes)
             target = bucket + np.uint64(4 * tile_number * tile)
             if source == 0:
-                tiles.decode_tile(place, target, norm, levels, bits, lanes, 1)
+                tiles.decode_tile(place, target, norm, levels, bits, lanes, 1, way)
             else:
-                tiles.decode_tile(place, target, norm, levels, bits, lanes, 0)
+                tiles.decode_tile(place, target, norm, levels, bits, lanes, 0, way)
         if rest > 0:
             tail_lanes = (rest + ROWS - 1) // ROWS
             place = codes + np.uint64(full_tiles * bits * lanes)
             copy_planes(place, tail_lanes, bits, tail_lanes, tail_codes, lanes)
-            tiles.decode_tile(tail_codes, tail_values, norm, levels, bits, lanes, 1)
+            tiles.decode_tile(tail_codes, tail_values, norm, levels, bits, lanes, 1, way)
             target = bucket + np.uint64(4 * full_tiles * tile)
             join_rows(tail_values, rest, tail_lanes, lanes, source > 0, target)
     return True
 
 
 @cache
-def decoder(bits: int, lanes: int, kind: int) -> Kernel:
+def decoder(bits: int, lanes: int, kind: int, look_up: str) -> Kernel:
     """Kernel that decodes parts of several messages, sums them in the order given, and scales; compiles it if need be.
 
     The kernel takes:
@@ -67,7 +68,9 @@ def decoder(bits: int, lanes: int, kind: int) -> Kernel:
         bits: code width.
         lanes: of a full tile.
         kind: dtype of the tensors: FLOAT32, FLOAT16 or BFLOAT16.
+        look_up: way of looking up levels, of `WAYS`.
     """
+    way = WAYS[look_up]
     tile = ROWS * lanes
     item_bytes = 4 if kind == FLOAT32 else 2
 
@@ -101,6 +104,7 @@ def decoder(bits: int, lanes: int, kind: int) -> Kernel:
                     tail_codes_address,
                     bits,
                     lanes,
+                    way,
                 )
                 if is_finite:
                     for place in range(length):

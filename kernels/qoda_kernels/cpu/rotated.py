@@ -25,7 +25,7 @@ from qoda_kernels.cpu.compilation import Kernel, compile_kernel, kernel
 from qoda_kernels.cpu.decoding import sum_bucket
 from qoda_kernels.cpu.encoding import COORDINATES_AHEAD, SUMMED_BUCKETS, encode_tiles, scale_values
 from qoda_kernels.cpu.half_precision import round_values, widen_values
-from qoda_kernels.cpu.level_tables import METHODS
+from qoda_kernels.cpu.level_tables import METHODS, WAYS
 from qoda_kernels.cpu.memory import bytes_at, write_norm
 from qoda_kernels.cpu.norms import (
     exponent_of_scale,
@@ -196,7 +196,7 @@ def rotated_encoder(
 
 
 @cache
-def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Kernel:
+def rotated_decoder(bits: int, bucket_size: int, kind: int, look_up: str) -> Kernel:
     """Kernel that decodes parts of several messages, sums, rotates back, and scales; compiles it if need be.
 
     The kernel takes a `decoder`'s arguments, with the `RotationKey.words` behind the scale, and in the end ROOTS.
@@ -205,7 +205,9 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Kernel:
         bits: code width.
         bucket_size: of the codebook.
         kind: dtype of the tensors: FLOAT32, FLOAT16 or BFLOAT16.
+        look_up: way of looking up levels, of `WAYS`.
     """
+    way = WAYS[look_up]
     lanes = 32 if bucket_size % (ROWS * 32) == 0 else 16
     item_bytes = 4 if kind == FLOAT32 else 2
     whole = bucket_size
@@ -244,6 +246,7 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int) -> Kernel:
                     tail_codes_address,
                     bits,
                     lanes,
+                    way,
                 )
                 if not is_finite:
                     sums[:] = word32.float_from_bits(NAN)

@@ -14,10 +14,24 @@ from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 from qoda_kernels import kernel_constants
-from qoda_kernels.cpu.vectors import Floats, Table, Words, look_up, look_up_pairs
+from qoda_kernels.cpu.target import bits_in_registers, has_avx512
+from qoda_kernels.cpu.vectors import (
+    GATHERS,
+    LOADS,
+    REGISTERS,
+    Floats,
+    Table,
+    TableInMemory,
+    Words,
+    load_table,
+    look_up,
+    look_up_pairs,
+)
 from qoda_kernels.kernel_constants import ROWS, SIGN_LANES
 
-UNIFORM, MINIMUM, CELLS, SEARCH = range(4)  # how a position is found; see `level_tables.KernelTable`
+UNIFORM, MINIMUM, IN_REGISTERS, CELLS, GATHERED_CELLS, SEARCH = range(
+    6
+)  # how a position is found; see `level_tables.KernelTable`
 GROUP = 32  # floats that `largest_magnitude` and `add_squares` take at a time
 
 _BYTE, _WORD, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -327,15 +341,33 @@ class _Rounding:
 
     def __init__(self, builder: Any, method: int, bits: int, tables: Any, scales: Floats) -> None:
         self._builder, self._method, self._bits = builder, method, bits
+        self.way = GATHERS if method == GATHERED_CELLS else LOADS
         self._lines, self._levels, self._cells = tables
         self._scales = scales
+        if method == IN_REGISTERS:
+            self._thresholds, self._slopes, self._intercepts = self._tables_in_registers()
+
+    def _tables_in_registers(self) -> tuple[list[Table], Table, Table]:
+        """What a bisection compares with, a table for each step, and the lines of the intervals."""
+        levels, lines = (
+            Floats.load(self._builder, self._builder.ptrtoint(pointer, _LONG), count)
+            for pointer, count in ((self._levels, 1 << (self._bits - 1)), (self._lines, 1 << self._bits))
+        )
+        steps = (levels.count >> step for step in range(self._bits - 1))
+        thresholds = [Table(levels.every(step, step // 2)) for step in steps]
+        slopes, intercepts = (Table(part) for part in lines.parted())
+        return thresholds, slopes, intercepts
 
     def positions(self, magnitudes: list[Floats]) -> list[Floats]:
         """Positions; with uniform levels the magnitudes, which `raised` multiplies."""
         if self._method == UNIFORM:
             return magnitudes
         scaled = [magnitude * self._scales for magnitude in magnitudes]
-        return self._least_lines(scaled) if self._method == MINIMUM else [self._on_own_line(x) for x in scaled]
+        if self._method != MINIMUM:
+            return [self._on_own_line(x) for x in scaled]
+        # As many rows at a time as leave registers for the lines and what is computed.
+        rows = ROWS if has_avx512() else ROWS // 2
+        return [least for begin in range(0, ROWS, rows) for least in self._least_lines(scaled[begin : begin + rows])]
 
     def raised(self, position: Floats, start: Words) -> Words:
         """Random numbers plus a position, rounded once; start is _ROUNDING_BITS plus the numbers, and the result too.
@@ -347,33 +379,73 @@ class _Rounding:
         return total.as_words()
 
     def _least_lines(self, scaled: list[Floats]) -> list[Floats]:
-        # Line by line for all rows: else the compiler keeps every line in a register, and has none left.
-        least: list[Floats] = []
-        for line in range(2 ** (self._bits - 1) - 1):
+        """The least of all lines, in a loop over the lines.
+
+        The compiler must not see how many there are: it would unroll the loop, compute all lines before it compares
+        them, and be without registers for what it has computed.
+        """
+        builder, count = self._builder, scaled[0].count
+
+        def values_of(line: Any) -> list[Floats]:
+            place = builder.mul(line, ir.Constant(_LONG, 2))
             slope, intercept = (
-                Floats.filled(self._builder, _scalar(self._builder, self._lines, 2 * line + part), scaled[0].count)
-                for part in (0, 1)
+                Floats.filled(builder, builder.load(builder.gep(self._lines, [builder.add(place, part)])), count)
+                for part in (ir.Constant(_LONG, 0), ir.Constant(_LONG, 1))
             )
-            values = [slope.fused(x, intercept) for x in scaled]
-            least = [value.minimum(best) for value, best in zip(values, least, strict=True)] if least else values
-        return least
+            return [slope.fused(x, intercept) for x in scaled]
+
+        first = values_of(ir.Constant(_LONG, 0))
+        number_of_lines = builder.zext(_scalar(builder, self._cells, 0), _LONG)
+        before, body, behind = (
+            builder.block,
+            builder.append_basic_block("line"),
+            builder.append_basic_block("lines_end"),
+        )
+        builder.branch(body)
+        builder.position_at_end(body)
+        line, *least = (builder.phi(kind) for kind in (_LONG, *(value.value.type for value in first)))
+        values = [value.minimum(Floats(builder, best)) for value, best in zip(values_of(line), least, strict=True)]
+        next_line = builder.add(line, ir.Constant(_LONG, 1))
+        for variable, start, following in (
+            (line, ir.Constant(_LONG, 1), next_line),
+            *((best, begin.value, value.value) for best, begin, value in zip(least, first, values, strict=True)),
+        ):
+            variable.add_incoming(start, before)
+            variable.add_incoming(following, body)
+        builder.cbranch(builder.icmp_unsigned("<", next_line, number_of_lines), body, behind)
+        builder.position_at_end(behind)
+        return values
 
     def _on_own_line(self, x: Floats) -> Floats:
-        line = self._line_of_cell(x) if self._method == CELLS else self._line_by_bisection(x)
-        slope, intercept = look_up_pairs(self._lines, line)
+        if self._method == IN_REGISTERS:
+            index = self._interval_in_registers(x)
+            return self._slopes.look_up(index).fused(x, self._intercepts.look_up(index))
+        line = self._line_by_bisection(x) if self._method == SEARCH else self._line_of_cell(x)
+        slope, intercept = look_up_pairs(self._lines, line, self.way)
         return slope.fused(x, intercept)
+
+    def _interval_in_registers(self, x: Floats) -> Words:
+        index = x.at_least(self._thresholds[0].look_up(Words.multiples(self._builder, 0, x.count)))
+        for table in self._thresholds[1:]:
+            index = index + index + x.at_least(table.look_up(index))
+        return index
 
     def _line_of_cell(self, x: Floats) -> Words:
         lowest, shift = (Words.filled(self._builder, _scalar(self._builder, self._cells, n), x.count) for n in (0, 1))
         cell = (x.as_words().maximum(lowest) - lowest).shifted_right(shift)
-        return (cell << 1) | x.at_least(look_up(self._levels, cell))
+        return (cell << 1) | x.at_least(look_up(self._levels, cell, self.way))
 
     def _line_by_bisection(self, x: Floats) -> Words:
         index = Words.multiples(self._builder, 0, x.count)
         for bit in reversed(range(self._bits - 1)):
-            is_above = x.at_least(look_up(self._levels, index | (1 << bit)))
+            is_above = x.at_least(look_up(self._levels, index | (1 << bit), self.way))
             index = index | (is_above << bit)
         return index.minimum(2 ** (self._bits - 1) - 2)
+
+
+def _encoded_width(method: int) -> int:
+    """Lanes that are encoded at a time: fewer where registers are few and all rows are under way at once."""
+    return _WIDTH if has_avx512() or method != MINIMUM else _WIDTH // 2
 
 
 def _starts(both: Words, shift: int) -> tuple[Words, Words]:
@@ -395,7 +467,12 @@ def _codes(values: Words, raised: Words, bits: int, shift: int, is_bounded: bool
 
 
 def _nearest_codes(
-    rounding: _Rounding, positions: list[Floats], places: list[Any], level_table: Table, bits: int, shift: int
+    rounding: _Rounding,
+    positions: list[Floats],
+    places: list[Any],
+    level_table: Table | TableInMemory,
+    bits: int,
+    shift: int,
 ) -> tuple[Words, Words]:
     """Codes of rows 0-3 and of rows 4-7; replaces coordinates by their magnitudes times the levels of the codes."""
     builder, count = positions[0].builder, positions[0].count
@@ -474,7 +551,7 @@ def encode_tile(
             builder.inttoptr(address, _FLOAT.as_pointer()) for address in (lines, levels, magnitudes)
         )
         first, common_first = (builder.add(_scalar(builder, key, n), high_share) for n in (0, 2))
-        width = _WIDTH
+        width = _encoded_width(method)
         row_step = Words.filled(builder, row_weyl, width)
         hashed = _Hash(builder, first, _scalar(builder, key, 1), width, is_crowded=method == MINIMUM)
         limits = Floats.filled(builder, limit, width)
@@ -486,7 +563,8 @@ def encode_tile(
                 magnitudes = [magnitude.minimum(limits) for magnitude in magnitudes]
             positions = rounding.positions(magnitudes)
             if is_nearest:
-                level_table = Table(context, builder, magnitude_pointer, bits - 1)
+                way = REGISTERS if bits - 1 <= bits_in_registers() else rounding.way
+                level_table = load_table(builder, magnitude_pointer, bits - 1, way)
                 code_words = _nearest_codes(rounding, positions, places, level_table, bits, shift)
                 for index in range(bits):
                     plane = _plane(*code_words, index, bits)
@@ -522,8 +600,53 @@ def encode_tile(
 
 
 @intrinsic(prefer_literal=True)
+def find_positions(
+    context: Any,
+    source: Any,
+    target: Any,
+    lines: Any,
+    levels: Any,
+    cells: Any,
+    bits: Any,
+    method: Any,
+) -> tuple[Signature, Callable[..., Any]]:
+    """Find the positions of one tile's magnitudes: the part of encoding that methods differ in, to be timed alone.
+
+    Arguments of the compiled function:
+        source: address of float32 [ROWS, 16], normalised magnitudes.
+        target: address of float32 [ROWS, 16], written.
+        lines: address of float32, of the `KernelTable`; so are levels and cells.
+        bits: literal, and so is method.
+    """
+    literals = bits.literal_value, method.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target, lines, levels, cells = arguments[:5]
+        cells = builder.inttoptr(cells, _WORD.as_pointer())
+        lines, levels = (builder.inttoptr(address, _FLOAT.as_pointer()) for address in (lines, levels))
+        bits, method = literals
+        one = Floats.filled(builder, ir.Constant(_FLOAT, 1.0), _WIDTH)
+        rounding = _Rounding(builder, method, bits, (lines, levels, cells), one)
+        offsets = [4 * _WIDTH * row for row in range(ROWS)]
+        magnitudes = [Floats.load(builder, _moved(builder, source, offset), _WIDTH) for offset in offsets]
+        for offset, position in zip(offsets, rounding.positions(magnitudes), strict=True):
+            position.store(_moved(builder, target, offset))
+        return context.get_dummy_value()
+
+    return types.void(*[types.uint64] * 5, bits, method), generate
+
+
+@intrinsic(prefer_literal=True)
 def decode_tile(
-    context: Any, source: Any, target: Any, norm: Any, levels: Any, bits: Any, lanes: Any, is_first: Any
+    context: Any,
+    source: Any,
+    target: Any,
+    norm: Any,
+    levels: Any,
+    bits: Any,
+    lanes: Any,
+    is_first: Any,
+    way: Any,
 ) -> tuple[Signature, Callable[..., Any]]:
     """Unpack one tile, and store its values, or add them to what is there.
 
@@ -532,15 +655,15 @@ def decode_tile(
         target: address of float32 [ROWS, lanes].
         norm: float32, finite.
         levels: address of float32 [2^bits], `reference.signed_levels`.
-        bits: literal; so are lanes and is_first: 1 to store, 0 to add.
+        bits: literal; so are lanes, is_first (1 to store, 0 to add) and way (of the level table, see `vectors.py`).
     """
-    literals = [kind.literal_value for kind in (bits, lanes, is_first)]
+    literals = [kind.literal_value for kind in (bits, lanes, is_first, way)]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits, lanes, is_first = literals
+        bits, lanes, is_first, way = literals
         source, target = arguments[:2]
         norms = Floats.filled(builder, arguments[2], _WIDTH)
-        table = Table(context, builder, builder.inttoptr(arguments[3], _FLOAT.as_pointer()), bits)
+        table = load_table(builder, builder.inttoptr(arguments[3], _FLOAT.as_pointer()), bits, way)
         for first in range(0, lanes, _WIDTH):
             low = high = Words.multiples(builder, 0, _WIDTH)
             middle = 4 * bits
@@ -562,4 +685,5 @@ def decode_tile(
                 value.store(place)
         return context.get_dummy_value()
 
-    return types.void(types.uint64, types.uint64, types.float32, types.uint64, bits, lanes, is_first), generate
+    switches = is_first, way
+    return types.void(types.uint64, types.uint64, types.float32, types.uint64, bits, lanes, *switches), generate

@@ -11,6 +11,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from qoda_kernels.cpu.target import has_avx512, has_fused_multiply_add
+
 _BYTE, _WORD, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
@@ -28,6 +30,14 @@ def _filled(builder: Any, kind: Any, count: int, scalar: Any) -> Any:
 def _half(builder: Any, value: Any, begin: int) -> Any:
     places = _constant(_WORD, range(begin, begin + value.type.count // 2))
     return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), places)
+
+
+def _joined(builder: Any, parts: list[Any]) -> Any:
+    """Vectors of one length, a power of two of them, behind each other."""
+    while len(parts) > 1:
+        places = _constant(_WORD, range(2 * parts[0].type.count))
+        parts = [builder.shuffle_vector(low, high, places) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 def _place(builder: Any, address: Any, kind: Any, count: int) -> Any:
@@ -181,11 +191,40 @@ class Floats:
 
     def fused(self, factor: "Floats", addend: "Floats") -> "Floats":
         """Self * factor + addend, rounded once."""
+        if not has_fused_multiply_add():
+            return self._fused_in_doubles(factor, addend)
         kind = self.value.type
         function = cgutils.get_or_insert_function(
             self.builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.v{self.count}f32"
         )
         return Floats(self.builder, self.builder.call(function, [self.value, factor.value, addend.value]))
+
+    def _fused_in_doubles(self, factor: "Floats", addend: "Floats") -> "Floats":
+        """`fused` for processors that lack it, whose C library would take some nanoseconds for each element.
+
+        Products of floats are exact in doubles. Their sums with the addend are rounded to odd: to the neighbour whose
+        last bit is 1, unless they are exact. Rounded to float, that is the same as if it had been rounded once
+        (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+        """
+        builder = self.builder
+        doubles, longs = (ir.VectorType(kind, self.count) for kind in (ir.DoubleType(), _LONG))
+        one, two, addends = (builder.fpext(each.value, doubles) for each in (self, factor, addend))
+        products = builder.fmul(one, two)
+        sums = builder.fadd(products, addends)
+        # What rounding left out, exactly (Knuth's two-sum).
+        added = builder.fsub(sums, products)
+        errors = builder.fadd(builder.fsub(products, builder.fsub(sums, added)), builder.fsub(addends, added))
+        bits, nothing = builder.bitcast(sums, longs), ir.Constant(doubles, [0.0] * self.count)
+        one_long = ir.Constant(longs, [1] * self.count)
+        is_even = builder.icmp_unsigned("==", builder.and_(bits, one_long), ir.Constant(longs, [0] * self.count))
+        is_inexact = builder.fcmp_ordered("!=", errors, nothing)
+        # The true sum lies further from zero than the rounded one where both have the same sign.
+        signs = builder.xor(builder.bitcast(errors, longs), bits)
+        is_further = builder.icmp_signed(">=", signs, ir.Constant(longs, [0] * self.count))
+        step = builder.select(is_further, one_long, ir.Constant(longs, [-1] * self.count))
+        moved = builder.add(bits, step)
+        odd = builder.select(builder.and_(is_even, is_inexact), moved, bits)
+        return Floats(builder, builder.fptrunc(builder.bitcast(odd, doubles), self.value.type))
 
     def minimum(self, other: "Floats") -> "Floats":
         """The smaller ones; none may be NaN."""
@@ -210,7 +249,19 @@ class Floats:
             self.value, nothing, _constant(_WORD, [place ^ distance for place in places])
         )
         signs = _constant(_FLOAT, [-1.0 if place & distance else 1.0 for place in places])
-        return self.fused(Floats(self.builder, signs), Floats(self.builder, partners))
+        signed, partner = Floats(self.builder, signs), Floats(self.builder, partners)
+        # The product is exact, so that both are the same number.
+        return self.fused(signed, partner) if has_fused_multiply_add() else self * signed + partner
+
+    def parted(self) -> "tuple[Floats, Floats]":
+        """Elements 0, 2, 4, ... and elements 1, 3, 5, ..."""
+        return self.every(2, 0), self.every(2, 1)
+
+    def every(self, step: int, first: int) -> "Floats":
+        """Elements first, first + step, first + 2 step, ..."""
+        places = _constant(_WORD, range(first, self.count, step))
+        nothing = ir.Constant(self.value.type, ir.Undefined)
+        return Floats(self.builder, self.builder.shuffle_vector(self.value, nothing, places))
 
     def with_one_nan(self) -> "Floats":
         """The same, with the bits 0x7FC00000 for every NaN."""
@@ -234,50 +285,40 @@ class Floats:
         return _constant(_FLOAT, [other] * self.count) if isinstance(other, float) else other.value
 
 
-class Table:
-    """A table of 2^bits floats in memory, taken into registers where the processor can look up there and it fits.
+REGISTERS, GATHERS, LOADS = range(3)
+"""Ways to look up numbers in a table: in registers; in memory by instructions that gather; in memory one by one."""
 
-    AVX-512 has one instruction that finds 16 numbers in a register, or in two, AVX2 one that finds 8 numbers in one; a
-    gather takes several times as long.
+
+class Table:
+    """A table of 2^bits floats.
+
+    AVX-512 has one instruction that finds 16 numbers in a register, or in two, AVX2 one that finds 8 numbers in one.
     """
 
-    def __init__(self, context: Any, builder: Any, pointer: Any, bits: int) -> None:
-        """Load the table if it fits.
-
-        Args:
-            context: of Numba's code generation.
-            builder: of LLVM's code.
-            pointer: to float32 [2^bits].
-            bits: of a place.
-        """
-        self._builder, self._pointer, self._bits = builder, pointer, bits
-        features = context.codegen().magic_tuple()[2].split(",")
-        self._has_avx512 = "+avx512f" in features
-        self._lanes = 16 if self._has_avx512 else 8
-        self._registers: list[Any] = []
-        if bits <= (6 if self._has_avx512 else 5 if "+avx2" in features else 0):
-            loaded = Floats.load(builder, builder.ptrtoint(pointer, _LONG), 1 << bits).value
-            nothing = ir.Constant(loaded.type, ir.Undefined)
-            for begin in range(0, 1 << bits, self._lanes):
-                places = [min(begin + lane, (1 << bits) - 1) for lane in range(self._lanes)]
-                self._registers.append(builder.shuffle_vector(loaded, nothing, _constant(_WORD, places)))
+    def __init__(self, elements: Floats) -> None:
+        """Hold 2^bits floats in registers."""
+        self._builder, count = elements.builder, elements.count
+        self._lanes = 16 if has_avx512() else 8
+        # A table smaller than a register fills it several times over: higher bits of a place do not matter then.
+        nothing = ir.Constant(elements.value.type, ir.Undefined)
+        self._registers = [
+            self._builder.shuffle_vector(
+                elements.value, nothing, _constant(_WORD, [(begin + lane) % count for lane in range(self._lanes)])
+            )
+            for begin in range(0, count, self._lanes)
+        ]
 
     def look_up(self, places: Words) -> Floats:
         """The element at each place, of which only the low bits count.
 
         Args:
-            places: 16 words.
+            places: 8 or 16 words.
         """
-        if not self._registers:
-            return look_up(self._pointer, places & ((1 << self._bits) - 1))
         builder, count = self._builder, places.count
         if count > self._lanes:
             halves = [Words(builder, _half(builder, places.value, begin)) for begin in (0, count // 2)]
-            low, high = (self.look_up(half).value for half in halves)
-            return Floats(builder, builder.shuffle_vector(low, high, _constant(_WORD, range(count))))
-        if 1 << self._bits < self._lanes:
-            places = places & ((1 << self._bits) - 1)
-        step = 2 if self._has_avx512 else 1  # registers that one instruction looks in
+            return Floats(builder, _joined(builder, [self.look_up(half).value for half in halves]))
+        step = 2 if has_avx512() else 1  # registers that one instruction looks in
         found = [self._permuted(self._registers[n : n + step], places) for n in range(0, len(self._registers), step)]
         bit = self._lanes * step
         while len(found) > 1:
@@ -292,7 +333,7 @@ class Table:
             name, kinds = "avx512.vpermi2var.ps.512", [floats, words, floats]
             arguments = [registers[0], places.value, registers[1]]
         else:
-            name = "avx512.permvar.sf.512" if self._has_avx512 else "avx2.permps"
+            name = "avx512.permvar.sf.512" if has_avx512() else "avx2.permps"
             kinds, arguments = [floats, words], [registers[0], places.value]
         function = cgutils.get_or_insert_function(
             self._builder.module, ir.FunctionType(floats, kinds), f"llvm.x86.{name}"
@@ -300,38 +341,60 @@ class Table:
         return Floats(self._builder, self._builder.call(function, arguments))
 
 
-def look_up(table: Any, places: Words) -> Floats:
+class TableInMemory:
+    """A table of 2^bits floats in memory."""
+
+    def __init__(self, pointer: Any, bits: int, way: int) -> None:
+        """The table at a pointer to float32 [2^bits], looked up by GATHERS or LOADS."""
+        self._pointer, self._last, self._way = pointer, (1 << bits) - 1, way
+
+    def look_up(self, places: Words) -> Floats:
+        """The element at each place, of which only the low bits count."""
+        return look_up(self._pointer, places & self._last, self._way)
+
+
+def load_table(builder: Any, pointer: Any, bits: int, way: int) -> "Table | TableInMemory":
+    """The table of 2^bits float32 at a pointer, looked up in one of the three ways."""
+    if way != REGISTERS:
+        return TableInMemory(pointer, bits, way)
+    return Table(Floats.load(builder, builder.ptrtoint(pointer, _LONG), 1 << bits))
+
+
+def look_up(table: Any, places: Words, way: int) -> Floats:
     """table[place] for every place, which are known to lie inside.
 
     Args:
         table: pointer to float32.
         places: indices below 2^31.
+        way: GATHERS or LOADS.
     """
-    return Floats(places.builder, _gathered(table, places, _FLOAT, "f32"))
+    return Floats(places.builder, _found(table, places, _FLOAT, way))
 
 
-def look_up_pairs(table: Any, places: Words) -> tuple[Floats, Floats]:
+def look_up_pairs(table: Any, places: Words, way: int) -> tuple[Floats, Floats]:
     """table[2 place] and table[2 place + 1] for every place, in one access each.
 
     Args:
         table: pointer to float32.
         places: indices of pairs, below 2^30, known to lie inside.
+        way: GATHERS or LOADS.
     """
     builder, count = places.builder, places.count
-    pairs = builder.bitcast(_gathered(table, places, _LONG, "i64"), ir.VectorType(_FLOAT, 2 * count))
-    nothing = ir.Constant(pairs.type, ir.Undefined)
-    first, second = (
-        builder.shuffle_vector(pairs, nothing, _constant(_WORD, range(begin, 2 * count, 2))) for begin in (0, 1)
-    )
-    return Floats(builder, first), Floats(builder, second)
+    pairs = builder.bitcast(_found(table, places, _LONG, way), ir.VectorType(_FLOAT, 2 * count))
+    return Floats(builder, pairs).parted()
 
 
-def _gathered(table: Any, places: Words, element: Any, suffix: str) -> Any:
+def _found(table: Any, places: Words, element: Any, way: int) -> Any:
     """Elements of any type from a table that is aligned to 4 bytes."""
+    return (_gathered if way == GATHERS else _loaded_one_by_one)(table, places, element)
+
+
+def _gathered(table: Any, places: Words, element: Any) -> Any:
     builder, count = places.builder, places.count
     pointers = builder.gep(table, [places.value], source_etype=element)
     pointers.type = ir.VectorType(ir.PointerType(element), count)  # llvmlite does not know of vectors of pointers
     kind, flags = ir.VectorType(element, count), ir.VectorType(ir.IntType(1), count)
+    suffix = "f32" if element is _FLOAT else "i64"
     gather = cgutils.get_or_insert_function(
         builder.module,
         ir.FunctionType(kind, [pointers.type, _WORD, flags, kind]),
@@ -339,3 +402,24 @@ def _gathered(table: Any, places: Words, element: Any, suffix: str) -> Any:
     )
     everywhere = ir.Constant(flags, [1] * count)
     return builder.call(gather, [pointers, ir.Constant(_WORD, 4), everywhere, ir.Constant(kind, ir.Undefined)])
+
+
+def _loaded_one_by_one(table: Any, places: Words, element: Any) -> Any:
+    """Most of the time goes into bringing the places to general registers: they are taken two at a time."""
+    builder, count = places.builder, places.count
+    elements = builder.bitcast(table, ir.PointerType(element))
+    low_word = ir.Constant(_LONG, 0xFFFFFFFF)
+    pairs = builder.bitcast(places.value, ir.VectorType(_LONG, count // 2))
+    numbers: list[Any] = []
+    for index in range(count // 2):
+        pair = builder.extract_element(pairs, ir.Constant(_WORD, index))
+        numbers += [builder.and_(pair, low_word), builder.lshr(pair, ir.Constant(_LONG, 32))]
+    per_part = 2 if element is _LONG else 4  # 16 bytes
+    parts = []
+    for begin in range(0, count, per_part):
+        part = ir.Constant(ir.VectorType(element, per_part), ir.Undefined)
+        for lane in range(per_part):
+            loaded = builder.load(builder.gep(elements, [numbers[begin + lane]]), align=4)
+            part = builder.insert_element(part, loaded, ir.Constant(_WORD, lane))
+        parts.append(part)
+    return _joined(builder, parts)
