@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,13 @@ from numba import njit
 from numba.core.caching import FunctionCache
 
 _LOCK = "qoda_kernels.lock"
+_NOT_KEPT = (
+    "compiled kernels are not kept on disk: {}. Every process compiles them anew, some seconds for each kernel; "
+    "let the environment variable NUMBA_CACHE_DIR name a folder that can be written to"
+)
+_DAMAGED = pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, TypeError, KeyError
+"""What reading a damaged index raises."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -23,26 +31,44 @@ def cached_kernel(function: Callable[..., Any]) -> Any:
     time may give both the same number; whoever looks for the one then runs the machine code of the other.
     """
     dispatcher = njit(nogil=True, error_model="numpy")(function)
-    dispatcher._cache = _SharedCache(function)
+    try:
+        dispatcher._cache = _SharedCache(function)
+    except RuntimeError:  # Numba finds no folder: common in containers
+        _report_once(_NOT_KEPT.format("there is no folder that can be written to"))
     return dispatcher
 
 
 def folder_of(kernel: Any) -> Path | None:
-    """Folder in which a kernel of `cached_kernel` is kept, which exists; None if it is not kept."""
-    folder = Path(kernel._cache.cache_path)
-    return folder if folder.is_dir() else None
+    """Folder in which a kernel of `cached_kernel` is kept; None if it is not kept."""
+    path = kernel._cache.cache_path
+    return None if path is None or not Path(path).is_dir() else Path(path)
 
 
 class _SharedCache(FunctionCache):
     """Numba's cache of a function; one process at a time writes, and nobody reads what is half written."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        with _locked(Path(self.cache_path), fcntl.LOCK_SH):
-            return super().load_overload(sig, target_context)
+        try:
+            with _locked(Path(self.cache_path), fcntl.LOCK_SH):
+                return super().load_overload(sig, target_context)
+        except Exception as error:  # a damaged file can make unpickling and Numba's rebuilding raise anything
+            _LOG.debug("%s cannot be read", self._cache_file, exc_info=error)
+            _report_once(f"some compiled kernels in {self.cache_path} cannot be read: compiling them anew")
+            return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with _locked(Path(self.cache_path), fcntl.LOCK_EX):
-            super().save_overload(sig, data)
+        for is_begun_anew in (False, True):
+            try:
+                with _locked(Path(self.cache_path), fcntl.LOCK_EX):
+                    if is_begun_anew:
+                        self.flush()
+                    super().save_overload(sig, data)
+                return
+            except _DAMAGED:
+                continue  # to what Numba cannot read it cannot add
+            except OSError as error:
+                _report_once(_NOT_KEPT.format(f"{self.cache_path} cannot be written to ({error.strerror})"))
+                return
 
 
 @contextlib.contextmanager
@@ -56,10 +82,10 @@ def _locked(folder: Path, operation: int) -> Iterator[None]:
             # Closing is not enough: a process forked meanwhile holds the lock too.
             held.callback(fcntl.flock, lock, fcntl.LOCK_UN)
         except OSError as error:
-            _report_once(folder, str(error))
+            _report_once(f"compiled kernels in {folder} are kept without a lock ({error.strerror})", logging.INFO)
         yield
 
 
 @cache
-def _report_once(folder: Path, reason: str) -> None:
-    _LOG.info("compiled kernels in %s are kept without a lock (%s)", folder, reason)
+def _report_once(message: str, level: int = logging.WARNING) -> None:
+    _LOG.log(level, "%s", message)

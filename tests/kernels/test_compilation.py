@@ -4,6 +4,7 @@ import ast
 import fcntl
 import importlib.util
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -183,3 +184,64 @@ def test_without_locks_kernels_are_kept_all_the_same(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with caplog.at_level(logging.INFO, logger="qoda_kernels"), compilation._locked(tmp_path, fcntl.LOCK_EX):
         assert "without a lock" in caplog.text
+
+
+ENCODES = """
+import logging
+logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+import torch
+from qoda_kernels.codebook import Codebook
+from qoda_kernels.codec import Codec
+from qoda_kernels.layout import MessagePlan, Slice
+from qoda_kernels.wire import MessageContext
+
+books = {"all": Codebook.uniform(4)}
+codec = Codec(MessagePlan.build([Slice("w", 0, 700, torch.float32, "all", 0)], books), books)
+where = MessageContext(0, 0, 0, 0, 0, 0, 0)
+message = codec.encode([torch.ones(700)], where)
+assert (codec.decode_mean([message], [where])[0] == 1).all()
+"""
+NOWHERE = """
+from numba.core.caching import FunctionCache
+FunctionCache._impl_class._locator_classes = []
+"""
+DISK_IS_FULL = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+"""
+
+
+def encoded_with(begin: str, cache: Path) -> list[str]:
+    """What a process that encodes with a cache folder of its own says, after some lines of its own."""
+    ran = subprocess.run(
+        [sys.executable, "-c", begin + ENCODES],
+        env=os.environ
+        | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stderr.splitlines()
+
+
+@pytest.mark.parametrize("begin", [NOWHERE, DISK_IS_FULL], ids=["no folder", "full disk"])
+def test_without_a_place_for_compiled_kernels_a_line_says_so(tmp_path: Path, begin: str) -> None:
+    lines = encoded_with(begin, tmp_path)
+    assert 1 <= len(lines) <= 2  # kernels lie in two folders
+    for line in lines:
+        assert line.startswith("WARNING compiled kernels are not kept on disk")
+        assert "NUMBA_CACHE_DIR" in line
+
+
+def test_damaged_files_of_compiled_kernels_are_replaced(tmp_path: Path) -> None:
+    assert encoded_with("", tmp_path) == []
+    for number, file in enumerate(path for path in sorted(tmp_path.rglob("*.nb?")) if path.is_file()):
+        content = file.read_bytes()
+        file.write_bytes([b"", content[: len(content) // 2], b"\x80\x05damaged."][number % 3])
+    lines = encoded_with("", tmp_path)
+    assert 1 <= len(lines) <= 2
+    assert all("cannot be read" in line for line in lines)
+    assert encoded_with("", tmp_path) == []
