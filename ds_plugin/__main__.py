@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_plugin.config import BLOCK, check_optimizer, parse_block, read_file, refuse_unsupported
+from ds_plugin.config import BLOCK, check_optimizer, check_sections, parse_block, read_file, refuse_unsupported
 from ds_plugin.note import describe
 from ds_plugin.versions import SUPPORTED
 from hvd_qoda.errors import QodaError
@@ -40,6 +40,7 @@ def _check(path: Path) -> int:
     if config is None:
         print(f'{path} has no block "{BLOCK}": gradients travel uncompressed', file=sys.stderr)
         return 1
+    check_sections(configuration)
     refuse_unsupported(configuration, config)
     print(f'{path}, block "{BLOCK}", with the environment and the defaults:')
     for key, value in config.to_dict().items():

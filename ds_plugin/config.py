@@ -1,7 +1,6 @@
 """The "qoda" block of a DeepSpeed configuration, and the settings beside it that do not go together with it."""
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,23 @@ from typing import Any
 import torch
 
 from hvd_qoda.config import QodaConfig
+from hvd_qoda.config_files import read_json, shown
 from hvd_qoda.errors import ConfigError, UnsupportedError
 
 __all__ = ["BLOCK", "check_optimizer", "parse_block", "read_file", "refuse_unsupported"]
 
 BLOCK = "qoda"
+_SECTIONS = (
+    "zero_optimization",
+    "fp16",
+    "bf16",
+    "scheduler",
+    "compile",
+    "tensor_parallel",
+    "expert_parallel",
+)
+_LAST_STAGE = 3
+_REMOVED_OPTIMIZERS = ("onebitadam", "zerooneadam", "onebitlamb")
 
 
 def parse_block(configuration: Mapping[str, Any], source: str = "DeepSpeed configuration") -> QodaConfig | None:
@@ -39,7 +50,7 @@ def parse_block(configuration: Mapping[str, Any], source: str = "DeepSpeed confi
     if isinstance(block, str):
         return QodaConfig.load(block)
     if not isinstance(block, Mapping):
-        raise ConfigError(f"{where}: must map keys to values, or be the path of a file; got {block!r}")
+        raise ConfigError(f"{where}: must map keys to values, or be the path of a file; got {shown(block)}")
     # Not the whole configuration: its own keys have meanings of their own.
     return QodaConfig.from_environment(QodaConfig.from_dict({BLOCK: block}, where))
 
@@ -48,14 +59,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """A DeepSpeed configuration from a JSON file.
 
     Raises:
-        ConfigError: if there is no such file, or it is not a JSON object.
+        ConfigError: if there is no such file, or it is not a JSON object, or has a key twice.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a DeepSpeed configuration maps keys to values")
     return values
@@ -73,7 +79,7 @@ def check_optimizer(configuration: Mapping[str, Any]) -> str | None:
     section = configuration.get("optimizer")
     if section is not None and not isinstance(section, Mapping):
         raise ConfigError(
-            f'DeepSpeed configuration: optimizer: must map "type" and "params" to values, got {section!r}'
+            f'DeepSpeed configuration: optimizer: must map "type" and "params" to values, got {shown(section)}'
         )
     name = _section(configuration, "optimizer").get("type")
     of_torch = [word for word, found in vars(torch.optim).items() if _is_optimizer(found)]
@@ -85,11 +91,41 @@ def check_optimizer(configuration: Mapping[str, Any]) -> str | None:
             'accelerate fill in optimizer.params only. Write a name, such as "AdamW" or "QODAdam"; or leave the '
             'section "optimizer" out, for the Trainer\'s own optimizer or one given to deepspeed.initialize()'
         )
+    if _letters(name) in _REMOVED_OPTIMIZERS:
+        raise ConfigError(
+            f"DeepSpeed configuration: optimizer.type: DeepSpeed has removed {shown(name)}, whose point was to send "
+            'fewer bytes. For the same saving write "AdamW" (for LAMB: "Lamb") with its usual params, leave out '
+            f'freeze_step, cuda_aware and comm_backend_name, and let the "{BLOCK}" block compress the gradients: '
+            f'"{BLOCK}": {{"bits": 5}} sends about a sixth of fp32\'s bytes from the first step on'
+        )
     known = sorted({*DEEPSPEED_OPTIMIZERS, *of_torch})
     nearest = {word.lower(): word for word in known}
     found = difflib.get_close_matches(str(name).lower(), nearest, n=1)
     hint = f"; did you mean {nearest[found[0]]!r}?" if found else ""
-    raise ConfigError(f"DeepSpeed configuration: optimizer.type: DeepSpeed knows no {name!r}{hint}")
+    raise ConfigError(f"DeepSpeed configuration: optimizer.type: DeepSpeed knows no {shown(name)}{hint}")
+
+
+def _letters(name: Any) -> str:
+    """A name without what people write differently: "1-bit Adam" is "OneBitAdam"."""
+    letters = "".join(character for character in str(name).lower() if character.isalnum())
+    return letters.replace("1bit", "onebit").replace("01adam", "zerooneadam")
+
+
+def check_sections(configuration: Mapping[str, Any]) -> None:
+    """Look at what the plug-in goes by: sections are mappings, and the ZeRO stage is one that exists.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key in _SECTIONS:
+        section = configuration.get(key)
+        if section is not None and not isinstance(section, Mapping):
+            raise ConfigError(f"DeepSpeed configuration: {key}: must map keys to values, got {shown(section)}")
+    stage = _section(configuration, "zero_optimization").get("stage", 0)
+    if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= _LAST_STAGE:
+        raise ConfigError(
+            f"DeepSpeed configuration: zero_optimization.stage: must be 0 to {_LAST_STAGE}, got {shown(stage)}"
+        )
 
 
 def _is_optimizer(found: Any) -> bool:
@@ -123,6 +159,10 @@ def _refused(configuration: Mapping[str, Any], config: QodaConfig) -> Iterator[t
         yield "zero_optimization.zenflow", "it reduces gradients on ways of its own; leave it out"
     for key in ("offload_optimizer", "offload_param"):
         offload = zero.get(key) or {}
+        if not isinstance(offload, Mapping):
+            raise ConfigError(
+                f"DeepSpeed configuration: zero_optimization.{key}: must map keys to values, got {shown(offload)}"
+            )
         if offload.get("device") == "nvme":
             yield f"zero_optimization.{key}.device", '"nvme" is not supported; use "cpu" or "none"'
         if offload.get("super_offload"):
@@ -169,7 +209,7 @@ def _integer(section: Mapping[str, Any], key: str, default: int) -> int:
         return default
     if isinstance(value, int):
         return int(value)
-    raise ConfigError(f"DeepSpeed configuration: {key} must be an integer, got {value!r}")
+    raise ConfigError(f"DeepSpeed configuration: {key} must be an integer, got {shown(value)}")
 
 
 def _section(configuration: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -10,13 +10,14 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import numpy as np
 import torch
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -32,6 +33,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from torch import nn
 
+from hvd_qoda.config_files import read_json, read_yaml, shortened, shown
 from hvd_qoda.errors import CodebookError, ConfigError
 from qoda_kernels.codebook import (
     EXACT_BITS,
@@ -66,6 +68,7 @@ DEFAULT_FUSION_BUFFER_MB = 16.0
 """At 1 Gbit/s and 5 bits a message of so much takes 20 ms: long beside a round trip, short beside a backward pass."""
 
 _PLANNED_CODINGS = ("alternating", "elias", "ans")
+_MOST_SENTENCES = 5  # about wrong keys, in one message
 _BLOCK = "qoda"  # the key under which a host's file carries this configuration
 
 
@@ -96,16 +99,42 @@ def _check_levels(levels: Any) -> str | tuple[float, ...]:
                 f"must be {_alternatives(LEVEL_SCHEMES)}, or a list of levels{_nearest(levels, LEVEL_SCHEMES)}"
             )
         return levels
-    if not isinstance(levels, Sequence) or not all(_is_number(level) for level in levels):
+    # Their number first: of a range that Python keeps as three numbers there may be any.
+    if not isinstance(levels, Sequence) or (count := _length(levels)) > 1 << (MAX_BITS - 1):
+        raise ValueError(f"must be {_alternatives(LEVEL_SCHEMES)}, or a list of levels, {1 << (MAX_BITS - 1)} at most")
+    if not all(_is_number(level) for level in levels):
         raise ValueError(f"must be {_alternatives(LEVEL_SCHEMES)}, or a list of levels")
-    bits = len(levels).bit_length()
-    if not MIN_BITS <= bits <= MAX_BITS or len(levels) != 1 << (bits - 1):
-        raise ValueError(f"b bits need 2^(b-1) levels, b from {MIN_BITS} to {MAX_BITS}; got {len(levels)}")
+    bits = count.bit_length()
+    if not MIN_BITS <= bits <= MAX_BITS or count != 1 << (bits - 1):
+        raise ValueError(f"b bits need 2^(b-1) levels, b from {MIN_BITS} to {MAX_BITS}; got {count}")
     return Codebook(bits=bits, levels=tuple(levels)).levels
 
 
+def _length(values: Sequence[Any]) -> int:
+    try:
+        return len(values)
+    except OverflowError:  # longer than any list
+        return sys.maxsize
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
+
+
+def _with_own_numbers(value: Any) -> Any:
+    """A value in which NumPy's and torch's scalars have become Python's, at any depth."""
+    if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _with_own_numbers(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_own_numbers(part) for part in value]
+    return value
 
 
 def _rule_fields(rule: Any) -> Any:
@@ -196,7 +225,11 @@ class UpdateLevels(_Model):
 
     def gathers(self, step: int) -> bool:
         """Whether this step's gradients belong to the samples of an update that follows within `samples` steps."""
-        return any(self.is_due(later) for later in range(step + 1, step + self.samples + 1))
+        last = max(self.at, default=0)
+        due = [planned for planned in self.at if planned > step]
+        if self.every is not None:
+            due.append((max(step, last) // self.every + 1) * self.every)
+        return min(due, default=math.inf) <= step + self.samples
 
 
 class Tails(_Model):
@@ -321,11 +354,15 @@ class QodaConfig(_Model):
     codec_device: Literal["auto", "cpu", "gpu"] = "auto"
     timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 300.0
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**{key: _with_own_numbers(value) for key, value in values.items()})
         except ValidationError as error:
-            raise ConfigError("; ".join(_sentence(type(self), details) for details in error.errors())) from None
+            sentences = [_sentence(type(self), details) for details in error.errors()[:_MOST_SENTENCES]]
+            further = error.error_count() - len(sentences)
+            raise ConfigError(
+                shortened("; ".join([*sentences, f"and {further} more"][: None if further else -1]))
+            ) from None
         self._check_layer_types()
         self._check_updates()
         self._check_own_messages()
@@ -366,12 +403,12 @@ class QodaConfig(_Model):
     @classmethod
     def from_json(cls, path: str | Path) -> "QodaConfig":
         """Configuration from a JSON file, a DeepSpeed configuration with a "qoda" block included."""
-        return cls.from_dict(_read_json(Path(path)), str(path))
+        return cls.from_dict(read_json(path), str(path))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "QodaConfig":
         """Configuration from a YAML file, one of CGX's Horovod fork included."""
-        return cls.from_dict(_read_yaml(Path(path)), str(path))
+        return cls.from_dict(read_yaml(path), str(path))
 
     @classmethod
     def from_keywords(cls, **keywords: Any) -> "QodaConfig":
@@ -470,7 +507,7 @@ class QodaConfig(_Model):
         for position, layer in enumerate(self.layers):
             if layer.type is not None and layer.type not in types:
                 raise ConfigError(
-                    f"layers[{position}].type={layer.type!r}: no layer type{_nearest(layer.type, types)}; "
+                    f"layers[{position}].type={shown(layer.type)}: no layer type{_nearest(layer.type, types)}; "
                     f"the types are {', '.join(types)}"
                 )
 
@@ -501,7 +538,7 @@ class QodaConfig(_Model):
             self.settings.codebook()
         except CodebookError as error:
             given = f"levels={self.levels!r}, rotation={self.rotation!r}, rounding={self.rounding!r}"
-            raise ConfigError(f"{given}: {error}") from None
+            raise ConfigError(shortened(f"{given}: {error}")) from None
 
     def _check_updates(self) -> None:
         schemes = ((self.levels, self.rotation), *((layer.levels, layer.rotation) for layer in self.layers))
@@ -530,36 +567,15 @@ def _naming(source: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}" if source else str(error)) from None
+        raise ConfigError(shortened(f"{source}: {error}") if source else str(error)) from None
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> Any:
     if path.suffix == ".json":
-        return _read_json(path)
+        return read_json(path)
     if path.suffix in (".yaml", ".yml"):
-        return _read_yaml(path)
-    raise ConfigError(f"the name of a configuration file ends in .json, .yaml or .yml; got {path.name!r}")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(_text(path))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration: {error}") from None
+        return read_yaml(path)
+    raise ConfigError(f"the name of a configuration file ends in .json, .yaml or .yml; got {shown(path.name)}")
 
 
 def _plain_values(values: Any) -> dict[str, Any]:
@@ -575,17 +591,17 @@ def _plain_values(values: Any) -> dict[str, Any]:
     if rules:
         layers = values.get("layers", ())
         if not isinstance(layers, (list, tuple)):
-            raise ConfigError(f"layers={layers!r}: must be a list")
+            raise ConfigError(f"layers={shown(layers)}: must be a list")
         values["layers"] = [*layers, *rules]
     return values
 
 
 def _mapping(values: Any) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"a configuration maps keys to values; got {values!r}")
+        raise ConfigError(f"a configuration maps keys to values; got {shown(values)}")
     for key in values:
         if not isinstance(key, str):
-            raise ConfigError(f"{key!r}: keys are words")
+            raise ConfigError(f"{shown(key)}: keys are words")
     return dict(values)
 
 
@@ -600,7 +616,7 @@ def _rules_of_cgx(modules: Any, ignored: Any) -> list[dict[str, Any]]:
     for position, module in enumerate(_listing("modules", modules)):
         where = f"modules[{position}]"
         if not isinstance(module, Mapping) or not isinstance(module.get("name"), str):
-            raise ConfigError(f"{where}={module!r}: must have a name")
+            raise ConfigError(f"{where}={shown(module)}: must have a name")
         for key in module:
             if key != "name" and key not in words:
                 raise ConfigError(
@@ -614,7 +630,7 @@ def _rules_of_cgx(modules: Any, ignored: Any) -> list[dict[str, Any]]:
             rules.append({"name": _containing(module["name"]), **settings})
     for position, name in enumerate(_listing("ignore_modules", ignored)):
         if not isinstance(name, str):
-            raise ConfigError(f"ignore_modules[{position}]={name!r}: must be a name")
+            raise ConfigError(f"ignore_modules[{position}]={shown(name)}: must be a name")
         rules.append({"name": _containing(name), "bits": EXACT_BITS})
     return rules
 
@@ -623,7 +639,7 @@ def _listing(key: str, values: Any) -> Sequence[Any]:
     if values is None:
         return ()
     if not isinstance(values, (list, tuple)):
-        raise ConfigError(f"{key}={values!r}: must be a list")
+        raise ConfigError(f"{key}={shown(values)}: must be a list")
     return values
 
 
@@ -643,7 +659,7 @@ def _environment_values(cls: type[QodaConfig], environ: Mapping[str, str] | None
         try:
             values[key] = int(text)
         except ValueError:
-            raise ConfigError(f"{variable}={text!r}: must be a whole number") from None
+            raise ConfigError(f"{variable}={shown(text)}: must be a whole number") from None
         with _naming(f"environment variable {variable}"):
             cls(**{key: values[key]})
     return values
@@ -667,7 +683,7 @@ _MESSAGES = {
 def _sentence(model: type[_Model], details: ErrorDetails) -> str:
     """What is wrong with one key."""
     location, kind, context = details["loc"], details["type"], details.get("ctx", {})
-    key = _path(location)
+    key = shown(_path(location)).strip("'\"")
     if kind == "extra_forbidden":
         known = tuple(_model_at(model, location).model_fields)
         return f"{key}: unknown key{_nearest(str(location[-1]), known)}; the keys are {', '.join(known)}"
@@ -678,7 +694,7 @@ def _sentence(model: type[_Model], details: ErrorDetails) -> str:
         message = str(context["error"])
     else:
         message = _MESSAGES[kind].format(**context) if kind in _MESSAGES else details["msg"]
-    return f"{key}={details['input']!r}: {message}"
+    return f"{key}={shown(details['input'])}: {message}"
 
 
 def _path(location: Sequence[int | str]) -> str:
@@ -702,7 +718,7 @@ def _literals(model: type[_Model], location: Sequence[int | str]) -> tuple[str, 
 
 
 def _nearest(word: Any, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5) if isinstance(word, str) else []
+    found = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.5) if isinstance(word, str) else []
     return f"; did you mean {found[0]!r}?" if found else ""
 
 

@@ -140,6 +140,32 @@ def test_the_command_line_looks_at_the_optimizer(tmp_path: Path, capsys: pytest.
     assert '"AdamW" or "QODAdam"' in error
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"zero_optimization": {"stage": 7}}, ["zero_optimization.stage", "0 to 3", "7"]),
+        ({"zero_optimization": {"stage": "2"}}, ["zero_optimization.stage", "'2'"]),
+        ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage"]),
+        ({"zero_optimization": 2}, ["zero_optimization", "must map keys to values"]),
+        ({"zero_optimization": {"offload_optimizer": ["cpu"]}}, ["zero_optimization.offload_optimizer"]),
+        ({"fp16": [True]}, ["fp16", "must map keys to values"]),
+        ({"optimizer": {"type": "OneBitAdam"}}, ["has removed", "AdamW", '"bits": 5']),
+        ({"optimizer": {"type": "ZeroOneAdam"}}, ["has removed", "AdamW"]),
+        ({"optimizer": {"type": "OneBitLamb"}}, ["has removed", "Lamb"]),
+        ({"optimizer": {"type": "1-bit Adam"}}, ["has removed", "AdamW"]),
+        ({"optimizer": {"type": "0/1 Adam"}}, ["has removed", "AdamW"]),
+    ],
+)
+def test_the_command_line_names_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], words: list[str]
+) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps({"qoda": {}, **settings}))
+    assert main(["check", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+
+
 def test_the_command_line_says_what_deepspeed_does_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "configuration.json"
     path.write_text(json.dumps({"qoda": {"fusion_buffer_mb": 4}}))
