@@ -10,6 +10,7 @@ microseconds and what the kernels need, for one segment as for hundreds.
 import ctypes
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -360,19 +361,23 @@ def combined(
 ) -> list[torch.Tensor]:
     """Sum of what several messages decode to, in the order given, in float32 or float64, times a scale.
 
+    Where the scale is below 1, as in a mean, each addend is multiplied by a power of two at most twice the scale, which
+    changes no bits of the result unless a sum would overflow or addends are subnormal.
+
     Args:
         decoded: of each message, one tensor per segment; they may be the same tensors, written anew.
         scale: factor of the sum, rounded to float32.
         out: tensors of the same lengths and dtypes to write into.
     """
+    power = math.ldexp(1.0, min(0, max(-32, math.frexp(scale)[1] - 1)))  # at most the scale, at least half of it
     totals = [result.to(torch.promote_types(result.dtype, torch.float32)) for result in out]  # or `out` itself
     for number, parts in enumerate(decoded):
         for total, part in zip(totals, parts, strict=True):
             if number == 0:
-                total.copy_(part)
+                total.copy_(part).mul_(power)
             else:
-                total += part
-    factor = float(np.float32(scale))
+                total.add_(part, alpha=power)
+    factor = float(np.float32(scale)) / power
     for total, result in zip(totals, out, strict=True):
         result.copy_(total.mul_(factor))
     return list(out)

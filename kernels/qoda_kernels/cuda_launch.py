@@ -43,7 +43,8 @@ class CudaKernel:
         begin = time.perf_counter()
         _LOG.info("compiling CUDA kernel %s for device %d (once; kept on disk)", name, device_index)
         with numba_cuda.gpus[device_index]:  # makes the device's primary context, which is torch's, the thread's
-            dispatcher = numba_cuda.jit(signature, cache=True, launch_bounds=kernels.LAUNCH_BOUNDS.get(name))(function)
+            bounds = kernels.launch_bounds(name, tuple(numba_cuda.get_current_device().compute_capability))
+            dispatcher = numba_cuda.jit(signature, cache=True, launch_bounds=bounds)(function)
             self._compiled = dispatcher.overloads[signature.args]  # loaded as long as this lives
             self._function = int(self._compiled._codelibrary.get_cufunc().handle)
             self._context = self._checked(driver.cuCtxGetCurrent())

@@ -18,7 +18,11 @@ ROUNDING_BITS = np.uint32(0x4B400000)  # of 1.5 * 2^23: x + it has the ulp 1, so
 
 FIRST_MULTIPLIER, SECOND_MULTIPLIER = np.uint32(dither.FIRST_MULTIPLIER), np.uint32(dither.SECOND_MULTIPLIER)
 WEYL, HIGH_WORD = np.uint32(dither.WEYL_MULTIPLIER), np.uint32(dither.HIGH_WORD_MULTIPLIER)
-TINY_NORM, TINY_SCALE = np.float32(reference.TINY_NORM), np.float32(reference.TINY_SCALE)
+# Extreme buckets (`reference.py`).
+TINY, HUGE = np.uint32(reference.TINY.view(np.uint32)), np.uint32(reference.HUGE.view(np.uint32))  # float32 bits
+SCALE_UP, SCALE_DOWN, MEAN_BOUND = reference.SCALE_UP, reference.SCALE_DOWN, reference.MEAN_BOUND
+SCALED = np.uint32(reference.SCALED_BIT)
+SCALE_FIELD = np.uint32(64 << 23)  # what SCALE_UP adds to the bits of a float32
 CHECKSUM, OF_ZEROS = np.uint64(wire.CHECKSUM_MULTIPLIER), np.uint32(wire.CHECKSUM_OF_ZEROS)
 
 # Python's numbers.

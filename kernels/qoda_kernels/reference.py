@@ -1,7 +1,7 @@
 """The codec in plain NumPy: the definition that every fast kernel must equal bit for bit.
 
-Read in this order: `bucket_norm`, `rounding_table`, `fixed_point`, `quantize`, `pack`, `unpack`, `decode` and
-`decode_mean`; for buckets that are rotated first, `rotation.py` and `quantize_rotated`.
+Read in this order: `bucket_norm`, `rounding_table`, `fixed_point`, `quantize`, `pack`, `unpack` and `decode_mean`; for
+buckets that are rotated first, `rotation.py` and `quantize_rotated`.
 
 Quantizing coordinate v of a bucket with norm N and levels l_0 .. l_s (s = 2^(bits-1) - 1), arXiv 2505.14371 section 3:
 let u = |v| / N lie between l_i and l_{i+1}; the position of u on the scale of level indices is
@@ -10,8 +10,25 @@ E[N * sign(v) * l_index] = v. Here r is a random number of F = min(16, 21 - bits
 in fixed point with as many fraction bits, once, before its floor is taken: 20 bits in all, four fewer than float32 has,
 so that the rounding errors of the normalisation never move a coordinate off a level on which it lies. The mean is thus
 exact to 2^-(F+1) of a gap.
+
+Extreme buckets. Let M be a bucket's largest magnitude. Where M < 2^-100 the bucket is multiplied by 2^64 first, where
+M >= 2^96 by 2^-64, and the sign bit of its norm word, which no norm needs, says so; which of the two it was follows
+from the norm: below 1 it was 2^64. Codebooks that clip have a norm within these bounds already. A norm beyond the
+largest finite number L of the slice's dtype (an l2 norm, or one that was rounded up) is read as L: it still covers
+every coordinate, and then no decoded value exceeds L.
+
+Receivers multiply all norms of a bucket by one power of two, sum, and undo it in the end: 2^-64 where a norm may reach
+2^96, 2^64 where none reaches 1 and some were scaled up. So nothing overflows on the way, and nothing is rounded to a
+subnormal number but the result. Thus finite gradients decode to finite values, and their mean is finite, for any
+codebook. The bounds: the mean of what a message decodes to differs from the gradient by at most 2^-(F+1) of a gap, the
+rounding errors of float32, and half the distance of two neighbours in the slice's dtype, whose numbers are the only
+results: 2^-150 in float32, which is up to half a subnormal number's own size. Beside a norm of 2^96 or more, what other
+messages hold is exact to 2^-86; beside one of 1 or more, to 2^-150. Rotated buckets alone are biased near L: decoded
+values beyond it are lowered to it (to the largest bfloat16 with float32, so that their mean over messages does not
+overflow either), in means; in sums, as plain addition would, they become infinite.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,10 +44,19 @@ ByteArray = npt.NDArray[np.uint8]
 
 INFINITY_BITS = 0x7F800000
 NAN_BITS = 0x7FC00000  # the norm word of a bucket with a NaN or an infinity, and what its coordinates decode to
-TINY_NORM = np.float32(2.0**-100)  # below it, 2^F * s / norm could overflow: the bucket is scaled up first
-TINY_SCALE = np.float32(2.0**100)
-_LARGEST = np.finfo(np.float32).max
+TINY = np.float32(2.0**-100)  # buckets whose largest magnitude is below it are scaled up
+HUGE = np.float32(2.0**96)  # and where it is not below this one, down
+SCALE_UP, SCALE_DOWN = np.float32(2.0**64), np.float32(2.0**-64)
+SCALED_BIT = 0x80000000  # of the norm word of a scaled bucket
+LARGEST = {  # finite number of each dtype
+    "float32": np.finfo(np.float32).max,
+    "float16": np.float32(65504.0),
+    "bfloat16": np.uint32(0x7F7F0000).view(np.float32),
+}
+LARGEST_ROTATED = {**LARGEST, "float32": LARGEST["bfloat16"]}  # result of a mean over rotated buckets
+MEAN_BOUND = np.float32(1.000001)  # a sum of K messages is a mean where K times the scale's magnitude is not above it
 L2_LANES = 32
+_INFINITE = np.float32(np.inf)
 _ROUNDING_CONSTANT = np.float32(1.5 * 2.0**23)
 
 
@@ -58,6 +84,8 @@ def fused_multiply_add(a: Float32Array, x: Float32Array, b: Float32Array) -> Flo
 def bucket_norm(bucket: Float32Array, norm: str, clip: float = 0.0) -> np.float32:
     """Norm of one bucket: NaN where a coordinate is not finite, 0 where all are zero; else the clip value if not 0.
 
+    An l2 norm that overflows is the largest finite number.
+
     "max" is the largest magnitude. "l2" is the Euclidean norm: coordinates are scaled by a power of two so that squares
     neither overflow nor vanish, lane j of 32 adds the squares of coordinates j, j + 32, ... in order, and the lanes are
     added as a tree (j with j + 16, then j + 8, ...), which every target can do in the same order.
@@ -73,7 +101,15 @@ def bucket_norm(bucket: Float32Array, norm: str, clip: float = 0.0) -> np.float3
     scaled = bucket * up
     with np.errstate(over="ignore"):
         length = np.sqrt(tree_sum(scaled * scaled)) * down
-    return min(length, _LARGEST)
+    return min(length, LARGEST["float32"])
+
+
+def bucket_scale(bucket: Float32Array, clip: float = 0.0) -> np.float32:
+    """Power of two by which a bucket is multiplied before it is quantized: 1 unless it is extreme."""
+    largest = bucket_norm(bucket, "max")
+    if clip > 0 or not largest > 0 or TINY <= largest < HUGE:
+        return np.float32(1.0)
+    return SCALE_UP if largest < TINY else SCALE_DOWN
 
 
 def powers_of_scale(magnitude: int) -> tuple[np.float32, np.float32]:
@@ -94,18 +130,68 @@ def tree_sum(values: Float32Array) -> np.float32:
     return np.float32(lanes[0])
 
 
-def norm_word(norm: np.float32, norm_format: str, to_nearest: bool = False) -> int:
-    """Norm as it travels: float32 bits, or bfloat16 bits rounded up so that no coordinate exceeds it, or to nearest."""
+def norm_word(norm: np.float32, norm_format: str, scale: np.float32, to_nearest: bool = False) -> int:
+    """Norm as it travels: float32 bits, or bfloat16 bits rounded up so that no coordinate exceeds it, or to nearest.
+
+    Args:
+        norm: of the scaled bucket.
+        norm_format: "fp32" or "bf16".
+        scale: what the bucket was multiplied by.
+        to_nearest: where the norm need not cover the coordinates.
+    """
     word = int(np.float32(norm).view(np.uint32))
-    if norm_format == "fp32":
-        return word
-    return NAN_BITS >> 16 if word >= INFINITY_BITS else (word + (0x8000 if to_nearest else 0xFFFF)) >> 16
+    if word >= INFINITY_BITS:
+        word = NAN_BITS
+    elif norm_format == "bf16":
+        word += 0x8000 if to_nearest else 0xFFFF
+    if scale != 1.0:
+        word |= SCALED_BIT
+    return word if norm_format == "fp32" else word >> 16
 
 
-def norm_of_word(word: int, norm_format: str) -> np.float32:
-    """Norm that the receiver reads; NaN for every word that is not finite."""
+def norm_of_word(word: int, norm_format: str, largest: np.float32) -> tuple[np.float32, np.float32]:
+    """Norm that the receiver reads, and what it must be multiplied by to be the norm of the bucket before scaling.
+
+    Args:
+        word: as received.
+        norm_format: "fp32" or "bf16".
+        largest: what greater norms are lowered to; infinite with rotated buckets, whose norms may be greater.
+
+    Returns:
+        The norm of the scaled bucket, NaN for every word that is not finite, and 1, 2^64 or 2^-64.
+    """
     bits = word if norm_format == "fp32" else word << 16
-    return _float(NAN_BITS if bits >= INFINITY_BITS else bits)
+    norm = _float(bits & ~SCALED_BIT)
+    if not np.isfinite(norm):
+        return _float(NAN_BITS), np.float32(1.0)
+    power = np.float32(1.0)
+    if bits & SCALED_BIT:
+        power = SCALE_DOWN if norm < 1.0 else SCALE_UP
+    return norm if power < 1.0 else min(norm, np.float32(largest / power)), power
+
+
+def common_norms(
+    words: Sequence[int], norm_format: str, largest: np.float32
+) -> tuple[list[np.float32], np.float32 | None]:
+    """Norms of one bucket in several messages, multiplied by one power of two, and what undoes it.
+
+    Args:
+        words: norm word of each message.
+        norm_format: "fp32" or "bf16".
+        largest: as for `norm_of_word`.
+
+    Returns:
+        Norms, and 1, 2^64 or 2^-64; None in place of the power where a norm is not finite.
+    """
+    pairs = [norm_of_word(word, norm_format, largest) for word in words]
+    if any(np.isnan(norm) for norm, _ in pairs):
+        return [], None
+    common = np.float32(1.0)
+    if any(power > 1.0 or (power == 1.0 and norm >= HUGE) for norm, power in pairs):
+        common = SCALE_DOWN
+    elif all(norm < 1.0 for norm, _ in pairs) and any(power < 1.0 for _, power in pairs):
+        common = SCALE_UP
+    return [norm * common * power for norm, power in pairs], np.float32(1.0) / common
 
 
 @dataclass(frozen=True)
@@ -162,15 +248,13 @@ def fixed_point(
 
     Args:
         bucket: float32 [n], finite.
-        norm: as the receiver reads it; positive.
+        norm: as the receiver reads it; positive, and not so small that 2^F s / norm overflows.
         table: of the codebook.
         bits: code width.
         random: uint32 [n], of F bits.
     """
     start = _ROUNDING_CONSTANT + random.astype(np.float32)
     magnitudes = np.abs(bucket)
-    if norm < TINY_NORM:
-        magnitudes, norm = magnitudes * TINY_SCALE, norm * TINY_SCALE
     if table.method == "uniform":
         scale = np.float32((table.levels.size - 1) << fraction_bits(bits)) / norm
         return _whole_part(fused_multiply_add(magnitudes, np.full_like(magnitudes, scale), start))
@@ -225,7 +309,12 @@ def dither(length: int, lanes: int, coordinate: int, key: DitherKey) -> UInt32Ar
 
 
 def quantize(
-    values: Float32Array, codebook: Codebook, coordinate: int, key: DitherKey, rotation: RotationKey
+    values: Float32Array,
+    codebook: Codebook,
+    coordinate: int,
+    key: DitherKey,
+    rotation: RotationKey,
+    dtype: str = "float32",
 ) -> tuple[UInt32Array, ByteArray]:
     """Norm words and codes of one slice.
 
@@ -235,6 +324,7 @@ def quantize(
         coordinate: number of the slice's first coordinate in the whole model.
         key: stream of the sender.
         rotation: of the exchange.
+        dtype: "float32", "float16" or "bfloat16": of the slice, and so of what it is decoded to.
 
     Returns:
         uint32 [buckets] norm words (the low 16 bits count with bf16 norms) and uint8 [n] codes.
@@ -246,10 +336,11 @@ def quantize(
     codes = np.zeros(values.size, dtype=np.uint8)
     for index in range(norms.size):
         part = slice(index * codebook.bucket_size, (index + 1) * codebook.bucket_size)
-        bucket = values[part]
-        word = norm_word(bucket_norm(bucket, codebook.norm, codebook.clip), codebook.norm_format)
+        scale = bucket_scale(values[part], codebook.clip)
+        bucket = values[part] * scale
+        word = norm_word(bucket_norm(bucket, codebook.norm, codebook.clip), codebook.norm_format, scale)
         norms[index] = word
-        norm = norm_of_word(word, codebook.norm_format)
+        norm, _ = norm_of_word(word, codebook.norm_format, LARGEST[dtype])
         if not norm > 0:
             continue
         if codebook.clip:
@@ -264,7 +355,7 @@ def quantize_rotated(
 ) -> tuple[UInt32Array, ByteArray]:
     """Norm words and codes of one slice with a codebook that rotates; arguments and result as for `quantize`.
 
-    A bucket is scaled by a power of two, so that nothing overflows, and rotated to x. With stochastic rounding, x is
+    A bucket is brought near 1 by a power of two, whatever its size, and rotated to x. With stochastic rounding, x is
     quantized like any other bucket, with the norm of x. Rounded to nearest, x is normalised by the last level's
     distance from zero, spread * |x| / sqrt(n), and with the levels q that it is rounded to, the norm word is
     S = |x|^2 / <x, q>: the mean of S q over all rotations of x is x (EDEN, arXiv 2108.08842). Walsh-Hadamard
@@ -278,17 +369,16 @@ def quantize_rotated(
     for index in range(norms.size):
         part = slice(index * codebook.bucket_size, (index + 1) * codebook.bucket_size)
         given = values[part]
-        largest = bucket_norm(given, "max")
+        largest, scale = bucket_norm(given, "max"), bucket_scale(given)
         if not largest > 0:
-            norms[index] = norm_word(largest, codebook.norm_format)
+            norms[index] = norm_word(largest, codebook.norm_format, scale)
             continue
         up, down = powers_of_scale(int(largest.view(np.uint32)))
         bucket = rotate(given * up, coordinate + part.start, rotation)
+        back, forth = down * scale, up * (1 / scale)  # from x to the scaled bucket, and to x
         if codebook.rounding == "stochastic":
-            norms[index] = norm_word(_scaled_back(bucket_norm(bucket, codebook.norm), down), codebook.norm_format)
-            norm = norm_of_word(int(norms[index]), codebook.norm_format) * up
-            if not norm > 0:
-                continue
+            norms[index] = norm_word(bucket_norm(bucket, codebook.norm) * back, codebook.norm_format, scale)
+            norm = norm_of_word(int(norms[index]), codebook.norm_format, _INFINITE)[0] * forth
             random = dither(given.size, codebook.format.lanes, coordinate + part.start, key)
         else:
             power = tree_sum(bucket * bucket)
@@ -299,8 +389,9 @@ def quantize_rotated(
         if codebook.rounding == "nearest":
             rounded = levels[codes[part] & np.uint8(levels.size - 1)]
             with np.errstate(divide="ignore"):
-                scale = _scaled_back(power / tree_sum(np.abs(bucket) * rounded), down)
-            norms[index] = norm_word(scale, codebook.norm_format, to_nearest=True)
+                ratio = power / tree_sum(np.abs(bucket) * rounded)
+            norm = min(ratio * back, LARGEST["float32"])
+            norms[index] = norm_word(norm, codebook.norm_format, scale, to_nearest=True)
     return norms, codes
 
 
@@ -320,11 +411,6 @@ def _codes(
     raised = fixed_point(bucket, norm, table, codebook.bits, random >> np.uint32(16 - shift))
     level = np.minimum(raised >> np.uint32(shift), np.uint32(len(codebook.levels) - 1))
     return (level | sign << np.uint32(codebook.bits - 1)).astype(np.uint8)
-
-
-def _scaled_back(norm: np.float32, down: np.float32) -> np.float32:
-    with np.errstate(over="ignore"):
-        return np.float32(min(norm * down, _LARGEST))
 
 
 def pack(codes: ByteArray, bits: int, lanes: int) -> ByteArray:
@@ -362,27 +448,18 @@ def signed_levels(codebook: Codebook) -> Float32Array:
     return np.concatenate([levels, np.float32(0.0) - levels])
 
 
-def decode(norms: UInt32Array, codes: ByteArray, codebook: Codebook) -> Float32Array:
-    """Values of one slice: norm times level, NaN throughout a bucket whose norm is not finite."""
-    table = signed_levels(codebook)
-    values = np.empty(codes.size, dtype=np.float32)
-    for index, word in enumerate(norms):
-        part = slice(index * codebook.bucket_size, (index + 1) * codebook.bucket_size)
-        norm = norm_of_word(int(word), codebook.norm_format)
-        values[part] = norm * table[codes[part]] if np.isfinite(norm) else norm
-    return values
-
-
 def decode_mean(
     messages: list[tuple[UInt32Array, ByteArray]],
     codebook: Codebook,
     scale: np.float32,
     coordinate: int,
     rotation: RotationKey,
+    dtype: str = "float32",
 ) -> Float32Array:
     """Sum of several workers' values in the order given, in float32, rotated back if need be, times a scale.
 
-    Where any worker's bucket is not finite, the result is the NaN 0x7FC00000 throughout that bucket.
+    A value is norm times level. Where any worker's bucket is not finite, the result is the NaN 0x7FC00000 throughout
+    that bucket. Where the sum is a mean, K |scale| <= 1, no result exceeds the largest finite number of the dtype.
 
     Args:
         messages: norm words and codes of each worker's slice.
@@ -390,23 +467,28 @@ def decode_mean(
         scale: factor of the sum.
         coordinate: number of the slice's first coordinate in the whole model.
         rotation: of the exchange.
+        dtype: as for `quantize`; results are still to be rounded to it.
     """
-    parts = [decode(norms, codes, codebook) for norms, codes in messages]
-    total = parts[0].copy()
-    with np.errstate(over="ignore", invalid="ignore"):
-        for part in parts[1:]:
-            total = total + part
-        if codebook.rotation != "none":
-            for begin in range(0, total.size, codebook.bucket_size):
-                bucket = slice(begin, begin + codebook.bucket_size)
-                total[bucket] = rotate_back(total[bucket], coordinate + begin, rotation)
-        total = total * scale
-    total[np.isnan(total)] = _float(NAN_BITS)
-    for norms, _ in messages:
-        for index, word in enumerate(norms):
-            if np.isnan(norm_of_word(int(word), codebook.norm_format)):
-                total[index * codebook.bucket_size : (index + 1) * codebook.bucket_size] = _float(NAN_BITS)
-    return total
+    table, is_rotated = signed_levels(codebook), codebook.rotation != "none"
+    result = np.empty(messages[0][1].size, dtype=np.float32)
+    is_mean = np.abs(scale) * np.float32(len(messages)) <= MEAN_BOUND
+    limit = (LARGEST_ROTATED if is_rotated else LARGEST)[dtype] if is_mean else _INFINITE
+    for index in range(messages[0][0].size):
+        part = slice(index * codebook.bucket_size, (index + 1) * codebook.bucket_size)
+        words = [int(norms[index]) for norms, _ in messages]
+        norms, power = common_norms(words, codebook.norm_format, _INFINITE if is_rotated else LARGEST[dtype])
+        if power is None:
+            result[part] = _float(NAN_BITS)
+            continue
+        parts = [norm * table[codes[part]] for norm, (_, codes) in zip(norms, messages, strict=True)]
+        total = parts[0]
+        for addend in parts[1:]:
+            total = total + addend
+        if is_rotated:
+            total = rotate_back(total, coordinate + part.start, rotation)
+        with np.errstate(over="ignore"):
+            result[part] = np.clip(total * scale * power, -limit, limit)
+    return result
 
 
 def bfloat16_bits(values: Float32Array) -> npt.NDArray[np.uint16]:

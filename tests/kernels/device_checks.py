@@ -1,7 +1,7 @@
 """What a device codec must do, for every way to run it: on a GPU, or on the PTX machine."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from qoda_kernels.statistics import HistogramStatistics
 from qoda_kernels.wire import MessageContext
 from tests.kernels.codebooks import DTYPES as DTYPES
 from tests.kernels.codebooks import codebook_for, context, rotated_codebook
+from tests.kernels.extremes import FORMS, extreme
 from tests.kernels.reference_codec import ReferenceCodec
 from tests.kernels.test_kernels_equal_reference import gradient
 
@@ -58,6 +59,13 @@ def gradients_of(parts: Sequence[Part], seed: int, codebooks: Mapping[str, Codeb
     return tensors
 
 
+def extremes_of(parts: Sequence[Part], seed: int, codebooks: Mapping[str, Codebook]) -> list[torch.Tensor]:
+    """Finite gradients of extreme size, of another form for every part and rank."""
+    rng = np.random.default_rng(seed)
+    forms = [FORMS[(index + seed) % len(FORMS)] for index in range(len(parts))]
+    return [extreme(length, dtype, form, rng) for (_, length, dtype), form in zip(parts, forms, strict=True)]
+
+
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     view = _BITS_VIEWS[one.dtype.itemsize]
     return one.dtype == other.dtype and torch.equal(one.cpu().view(view), other.cpu().view(view))
@@ -73,6 +81,7 @@ def check_against_codec(
     seed: int = 1,
     scale: float | None = None,
     strata: int = 1,
+    make: Callable[..., list[torch.Tensor]] = gradients_of,
 ) -> None:
     """Messages and means have the bits of `Codec`, twice in a row; no byte of a message is left as it was."""
     plan = plan_of(parts, codebooks, coordinate)
@@ -81,7 +90,7 @@ def check_against_codec(
         contexts = [context(rank, counter=counter, strata=strata) for rank in range(senders)]
         messages = []
         for rank, where in enumerate(contexts):
-            values = gradients_of(parts, seed + 10 * rank, codebooks)
+            values = make(parts, seed + 10 * rank, codebooks)
             expected = twin.encode(values, where)
             out = device.place(torch.full((plan.message_bytes,), 255, dtype=torch.uint8))
             got = codec.encode([device.place(tensor) for tensor in values], where, out)
@@ -118,6 +127,24 @@ def check_clipping(device: Device, bits: int, method: str) -> None:
         codebooks[str(index)] = codebook_for(method, bits, bucket_size=512, norm_format=norm_format, clip=clip)
         parts += [(str(index), length, (torch.float32, torch.bfloat16)[index % 2]) for length in (1, 1543)]
     check_against_codec(device, parts, codebooks, senders=2)
+
+
+def check_extremes(device: Device, seed: int, rotates: bool) -> None:
+    """The largest and the smallest numbers of every dtype, alone and beside ordinary ones, as means and as sums."""
+    if rotates:
+        codebooks = {
+            f"{rounding}{norm_format}": rotated_codebook(rounding, 4, 256, norm_format)
+            for rounding, norm_format in (("nearest", "fp32"), ("stochastic", "bf16"))
+        }
+    else:
+        codebooks = {
+            f"{norm}{norm_format}": codebook_for("minimum", 4, bucket_size=256, norm=norm, norm_format=norm_format)
+            for norm, norm_format in (("max", "bf16"), ("l2", "fp32"), ("l2", "bf16"))
+        }
+        codebooks["clip"] = Codebook.uniform(4, bucket_size=256, clip=1e20, norm_format="bf16")
+    parts = [(key, length, dtype) for key in codebooks for length, dtype in zip((300, 700, 256), DTYPES, strict=True)]
+    for scale in (None, 1.0):
+        check_against_codec(device, parts, codebooks, senders=2, seed=seed, scale=scale, make=extremes_of)
 
 
 def check_stratified(device: Device, bits: int, method: str, strata: int) -> None:

@@ -34,7 +34,7 @@ def compile_ptx(name: str, capability: Capability) -> str:
     device = SimpleNamespace(compute_capability=capability)
     with mock.patch.object(dispatcher, "get_current_device", return_value=device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        bounds = kernels.LAUNCH_BOUNDS.get(name)
+        bounds = kernels.launch_bounds(name, capability)
         text, _ = cuda.compile(function, signature, device=False, abi="numba", cc=capability, launch_bounds=bounds)
     return str(text)
 

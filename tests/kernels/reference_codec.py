@@ -30,7 +30,8 @@ class ReferenceCodec:
                 codes[:] = tensor.view(torch.uint8).numpy()
                 continue
             codebook = self._codebooks[segment.slice.codebook]
-            norms, words = reference.quantize(tensor.float().numpy(), codebook, segment.slice.coordinate, key, rotation)
+            place = segment.slice.coordinate, key, rotation, name_of(segment.slice.dtype)
+            norms, words = reference.quantize(tensor.float().numpy(), codebook, *place)
             stored = norms.astype("<u4" if codebook.norm_format == "fp32" else "<u2")
             data[segment.begin : segment.codes_begin] = stored.view(np.uint8)
             codes[:] = reference.pack(words, codebook.bits, codebook.format.lanes)
@@ -64,10 +65,15 @@ class ReferenceCodec:
                 )
                 for m, part in zip(messages, codes, strict=True)
             ]
-            where = segment.slice.coordinate, context.rotation_key()
+            where = segment.slice.coordinate, context.rotation_key(), name_of(dtype)
             mean = reference.decode_mean(received, codebook, factor, *where)
             results.append(_rounded(torch.from_numpy(mean), dtype))
         return results
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as `reference.py` calls it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

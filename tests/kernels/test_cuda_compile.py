@@ -27,11 +27,11 @@ from tests.kernels.ptx_machine import Machine, Memory, Program, PtxError
 CAPABILITIES: tuple[Capability, ...] = ((8, 0), (9, 0))
 # 64 otherwise: four blocks a multiprocessor, else three.
 REGISTERS = {
-    ("encode", (8, 0)): 72,
+    ("encode", (8, 0)): 80,  # three blocks
     ("encode_stratified", (8, 0)): 80,
     ("encode_stratified", (9, 0)): 80,
     ("encode_rotated", (8, 0)): 112,  # two blocks
-    ("encode_rotated", (9, 0)): 96,
+    ("encode_rotated", (9, 0)): 112,
     ("decode_mean_rotated", (8, 0)): 80,
     ("decode_mean_rotated", (9, 0)): 80,
 }
@@ -86,6 +86,12 @@ def test_every_variant_equals_the_cpu(bits: int, method: str) -> None:
 @pytest.mark.parametrize(("bits", "method"), [(3, "minimum"), (4, "uniform"), (6, "close")])
 def test_codebooks_that_clip_equal_the_cpu(bits: int, method: str) -> None:
     checks.check_clipping(PtxDevice(1), bits, method)
+
+
+@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_extreme_buckets_equal_the_cpu(seed: int, rotates: bool) -> None:
+    checks.check_extremes(PtxDevice(1), seed, rotates)
 
 
 @pytest.mark.parametrize(("bits", "method", "strata"), [(4, "uniform", 4), (5, "minimum", 3), (8, "general", 64)])

@@ -49,6 +49,11 @@ def test_codebooks_that_clip(bits: int, method: str) -> None:
     checks.check_clipping(Gpu(), bits, method)
 
 
+@pytest.mark.parametrize("rotates", [False, True])
+def test_extreme_buckets(rotates: bool) -> None:
+    checks.check_extremes(Gpu(), 0, rotates)
+
+
 @pytest.mark.parametrize(("bits", "method", "strata"), [(4, "uniform", 4), (5, "minimum", 3), (8, "general", 64)])
 def test_stratified_random_numbers(bits: int, method: str, strata: int) -> None:
     checks.check_stratified(Gpu(), bits, method, strata)

@@ -16,6 +16,7 @@ from qoda_kernels.cpu.target import bits_in_registers
 from qoda_kernels.fastest_method import search_methods
 from qoda_kernels.gaussian import nearest_codebook, stochastic_codebook
 from tests.kernels.codebooks import DTYPES, codebook_for, context, methods_of, rotated_codebook, single_slice_plan
+from tests.kernels.reference_codec import name_of
 
 # Every (bits, method) with every dtype once and both tile widths: each combination costs a second of compilation.
 _BUCKETS = {torch.float32: 512, torch.float16: 384, torch.bfloat16: 256}
@@ -51,9 +52,8 @@ def check_against_reference(
     messages = [codec.encode([tensor], where) for tensor, where in zip(tensors, contexts, strict=True)]
     expected = []
     for tensor, message, where in zip(tensors, messages, contexts, strict=True):
-        norms, codes = reference.quantize(
-            tensor.float().numpy(), codebook, segment.slice.coordinate, where.key(), where.rotation_key()
-        )
+        place = segment.slice.coordinate, where.key(), where.rotation_key(), name_of(dtype)
+        norms, codes = reference.quantize(tensor.float().numpy(), codebook, *place)
         data = message.numpy()
         norm_words = norms.astype("<u4" if codebook.norm_format == "fp32" else "<u2").view(np.uint8)
         np.testing.assert_array_equal(data[segment.begin : segment.codes_begin], norm_words)
@@ -62,8 +62,8 @@ def check_against_reference(
         np.testing.assert_array_equal(reference.unpack(packed, length, codebook.bits, codebook.format.lanes), codes)
         expected.append((norms, codes))
     mean = codec.decode_mean(messages, contexts)[0]
-    place = segment.slice.coordinate, contexts[0].rotation_key()
-    wanted = reference.decode_mean(expected, codebook, np.float32(1 / 3), *place)
+    decoded = segment.slice.coordinate, contexts[0].rotation_key(), name_of(dtype)
+    wanted = reference.decode_mean(expected, codebook, np.float32(1 / 3), *decoded)
     if dtype == torch.bfloat16:
         np.testing.assert_array_equal(mean.view(torch.uint16).numpy(), reference.bfloat16_bits(wanted))
     else:
@@ -216,7 +216,8 @@ def test_subnormal_norms_and_half_precision_extremes() -> None:
     decoded = codec.decode_mean([codec.encode([torch.from_numpy(tiny)], context())], [context()])[0]
     keys = context().key(), context().rotation_key()
     norms, codes = reference.quantize(tiny, codebook, 0, *keys)
-    np.testing.assert_array_equal(decoded.numpy(), reference.decode(norms, codes, codebook))
+    wanted = reference.decode_mean([(norms, codes)], codebook, np.float32(1.0), 0, keys[1])
+    np.testing.assert_array_equal(decoded.numpy(), wanted)
     assert np.abs(decoded.numpy()).max() > 0
 
     every_half = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16)
@@ -224,7 +225,7 @@ def test_subnormal_norms_and_half_precision_extremes() -> None:
     for norm_part in (halves, halves[halves.abs() < 2**-13].contiguous()):
         codec = Codec(single_slice_plan(norm_part.numel(), codebook, torch.float16), {"other": codebook})
         message = codec.encode([norm_part], context())
-        norms, codes = reference.quantize(norm_part.float().numpy(), codebook, 0, *keys)
+        norms, codes = reference.quantize(norm_part.float().numpy(), codebook, 0, *keys, "float16")
         segment = codec.plan.segments[0]
         np.testing.assert_array_equal(message[segment.begin : segment.codes_begin].numpy().view(np.uint32), norms)
         np.testing.assert_array_equal(

@@ -24,18 +24,20 @@ from qoda_kernels.cpu.compilation import Kernel, compile_kernel, inline, kernel
 from qoda_kernels.cpu.half_precision import widen_values
 from qoda_kernels.cpu.level_tables import METHODS
 from qoda_kernels.cpu.memory import bytes_at, write_norm
-from qoda_kernels.cpu.norms import l2_norm, max_magnitude, round_up_to_bfloat16
+from qoda_kernels.cpu.norms import LIMITS, l2_norm, max_magnitude, round_up_to_bfloat16, scale_of_bucket
 from qoda_kernels.cpu.partial_tiles import copy_planes, join_rows, spread_rows
 from qoda_kernels.kernel_constants import (
     HIGH_WORD,
     INFINITY,
     L2_LANES,
+    LARGEST,
     MAGNITUDE,
     NAN,
     ROWS,
+    SCALE_FIELD,
+    SCALE_UP,
+    SCALED,
     SIGN,
-    TINY_NORM,
-    TINY_SCALE,
     WEYL,
 )
 from qoda_kernels.reference import fraction_bits
@@ -170,6 +172,7 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
     item_bytes = 4 if kind == FLOAT32 else 2
     tile_bytes = item_bytes * ROWS * lanes
     has_strata = int(is_stratified)
+    limit = LIMITS[kind]
 
     @kernel
     def encode(  # type: ignore[no-untyped-def]  # Numba infers
@@ -212,6 +215,15 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                             place = given + np.uint64(4 * later * bucket_size)
                             magnitudes[later] = max_magnitude(place, min(bucket_size, rest))
                     largest = magnitudes[number % group]
+                norm_limit = limit
+                scaled = np.uint32(0)
+                scale = scale_of_bucket(largest, clip)
+                if scale != np.float32(1.0):
+                    scale_values(bucket, length, scale, scratch_address)
+                    bucket = scratch_address
+                    largest = word32.float_bits(np.float32(word32.float_from_bits(largest) * scale))
+                    scaled = SCALED
+                    norm_limit = LARGEST if scale == SCALE_UP else word32.subtract(limit, SCALE_FIELD)
                 norm_bits = largest
                 if norm_bits >= INFINITY:
                     norm_bits = NAN
@@ -221,19 +233,16 @@ def encoder(bits: int, lanes: int, method: str, kind: int, is_stratified: bool) 
                     norm_bits = l2_norm(bucket, length, norm_bits, sums)
                 if norm_bytes == 2:
                     norm_bits = round_up_to_bfloat16(norm_bits)
-                write_norm(norms + np.uint64(number * norm_bytes), norm_bytes, norm_bits)
+                write_norm(norms + np.uint64(number * norm_bytes), norm_bytes, word32.bit_or(norm_bits, scaled))
                 codes = message + np.uint64(codes_begin)
                 if norm_bits == np.uint32(0) or norm_bits >= INFINITY:
                     bytes_at(codes, codes_end - codes_begin)[:] = np.uint8(0)
                 else:
+                    norm_bits = word32.minimum(norm_bits, norm_limit)
                     norm = word32.float_from_bits(norm_bits)
                     if clip > 0 and largest > norm_bits:
                         _clip_values(bucket, length, norm_bits, scratch_address)
                         bucket = scratch_address
-                    if norm < TINY_NORM:
-                        scale_values(bucket, length, TINY_SCALE, scratch_address)
-                        bucket = scratch_address
-                        norm = np.float32(norm * TINY_SCALE)
                     encode_tiles(
                         bucket,
                         length,

@@ -1,4 +1,4 @@
-"""Norms of buckets (`reference.bucket_norm`), sums over a bucket, and norms rounded to bfloat16."""
+"""Norms of buckets (`reference.bucket_norm`), as they travel and as they are read; sums over a bucket."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,8 +6,34 @@ from numba import carray
 
 from qoda_kernels import word32
 from qoda_kernels.cpu import tiles
+from qoda_kernels.cpu.arguments import BFLOAT16, FLOAT16, FLOAT32
 from qoda_kernels.cpu.compilation import inline, kernel
-from qoda_kernels.kernel_constants import HIGH_HALF, INFINITY, L2_LANES, LARGEST, LOW_HALF, MAGNITUDE, NAN
+from qoda_kernels.cpu.memory import read_norm
+from qoda_kernels.kernel_constants import (
+    HIGH_HALF,
+    HUGE,
+    INFINITY,
+    L2_LANES,
+    LARGEST,
+    LOW_HALF,
+    MAGNITUDE,
+    NAN,
+    SCALE_DOWN,
+    SCALE_FIELD,
+    SCALE_UP,
+    SCALED,
+    SIGN,
+    TINY,
+)
+from qoda_kernels.reference import LARGEST as LARGEST_OF
+
+# Float32 bits of the largest finite number of each dtype, and of the largest result of a mean over rotated buckets.
+_ONE = np.uint32(127 << 23)
+LIMITS = {
+    kind: np.uint32(LARGEST_OF[name].view(np.uint32))
+    for kind, name in ((FLOAT32, "float32"), (FLOAT16, "float16"), (BFLOAT16, "bfloat16"))
+}
+ROTATED_LIMITS = {**LIMITS, FLOAT32: LIMITS[BFLOAT16]}
 
 
 @kernel
@@ -86,3 +112,90 @@ def round_up_to_bfloat16(word: np.uint32) -> np.uint32:
     if word >= INFINITY:
         return NAN
     return word32.bit_and(word32.add(word, LOW_HALF), HIGH_HALF)
+
+
+@inline
+def scale_of_bucket(largest, clip):  # type: ignore[no-untyped-def]  # Numba infers
+    """`reference.bucket_scale`, given the bits of a bucket's largest magnitude."""
+    scale = np.float32(1.0)
+    if clip == 0 and (largest < TINY or largest >= HUGE):
+        if largest >= HUGE and largest < INFINITY:
+            scale = SCALE_DOWN
+        elif largest > 0 and largest < TINY:
+            scale = SCALE_UP
+    return scale
+
+
+@inline
+def read_norms(messages, norm_begin, norm_bytes, limit, extreme, norms):  # type: ignore[no-untyped-def]  # Numba infers
+    """Read one bucket's norm of each message; returns whether one is extreme: then `read_extreme_norms` must follow.
+
+    Args:
+        messages: uint64 [K], addresses.
+        norm_begin: first byte of the norm word, counted from a message's start.
+        norm_bytes: 2 or 4.
+        limit: float32 bits to which greater norms are lowered.
+        extreme: the least norm word, as float32 bits, that is extreme; at most HUGE.
+        norms: address of float32 [K], written.
+    """
+    largest = np.uint32(0)
+    read = carray(word32.word_pointer(norms), (messages.size,), np.uint32)
+    for source in range(messages.size):
+        word = read_norm(messages[source] + np.uint64(norm_begin), norm_bytes)
+        largest = word32.maximum(largest, word)
+        read[source] = word32.minimum(word, limit)
+    return largest >= extreme
+
+
+@kernel
+def read_extreme_norms(
+    messages: npt.NDArray[np.uint64], norm_begin: int, norm_bytes: int, limit: np.uint32, norms: np.uint64
+) -> np.float32:
+    """`reference.common_norms`; the power that undoes the scaling is NaN where a norm is not finite.
+
+    The arguments are those of `read_norms`; the limit is infinite with rotated buckets.
+    """
+    is_huge, is_scaled, is_small = False, False, True
+    for source in range(messages.size):
+        word = read_norm(messages[source] + np.uint64(norm_begin), norm_bytes)
+        magnitude = word32.bit_and(word, MAGNITUDE)
+        if magnitude >= INFINITY:
+            return word32.float_from_bits(NAN)
+        is_small = is_small and magnitude < _ONE
+        if word >= SCALED:
+            is_scaled = True
+            is_huge = is_huge or magnitude >= _ONE
+        else:
+            is_huge = is_huge or magnitude >= HUGE
+    common, power = np.float32(1.0), np.float32(1.0)
+    if is_huge:
+        common, power = SCALE_DOWN, SCALE_UP
+    elif is_small and is_scaled:
+        common, power = SCALE_UP, SCALE_DOWN
+    read = carray(word32.float_pointer(np.uint64(norms)), (messages.size,), np.float32)
+    for source in range(messages.size):
+        word = read_norm(messages[source] + np.uint64(norm_begin), norm_bytes)
+        magnitude = word32.bit_and(word, MAGNITUDE)
+        if word < SCALED:
+            read[source] = np.float32(word32.float_from_bits(word32.minimum(magnitude, limit)) * common)
+        elif magnitude < _ONE:
+            read[source] = np.float32(np.float32(word32.float_from_bits(magnitude) * common) * SCALE_DOWN)
+        else:
+            if limit < INFINITY:
+                magnitude = word32.minimum(magnitude, word32.subtract(limit, SCALE_FIELD))
+            read[source] = np.float32(np.float32(word32.float_from_bits(magnitude) * common) * SCALE_UP)
+    return power
+
+
+@kernel
+def finish_extreme(address: np.uint64, length: int, power: np.float32, limit: np.uint32) -> None:
+    """Multiply sums by a power and lower their magnitudes to a limit, given as float32 bits; NaN stays, as one NaN."""
+    sums = carray(word32.float_pointer(np.uint64(address)), (length,), np.float32)
+    for place in range(length):
+        word = word32.float_bits(np.float32(sums[place] * power))
+        magnitude = word32.bit_and(word, MAGNITUDE)
+        if magnitude > INFINITY:
+            sums[place] = word32.float_from_bits(NAN)
+        else:
+            lowered = word32.minimum(magnitude, limit)
+            sums[place] = word32.float_from_bits(word32.bit_or(lowered, word32.bit_and(word, SIGN)))

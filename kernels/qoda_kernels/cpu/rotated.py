@@ -15,6 +15,7 @@ from qoda_kernels.cpu.arguments import (
     ENCODE_ROTATED,
     END,
     FIRST,
+    FLOAT16,
     FLOAT32,
     LENGTH,
     NORMS_BEGIN,
@@ -22,23 +23,41 @@ from qoda_kernels.cpu.arguments import (
 )
 from qoda_kernels.cpu.checksums import sum_bytes
 from qoda_kernels.cpu.compilation import Kernel, compile_kernel, kernel
-from qoda_kernels.cpu.decoding import sum_bucket
+from qoda_kernels.cpu.decoding import is_mean, sum_bucket
 from qoda_kernels.cpu.encoding import COORDINATES_AHEAD, SUMMED_BUCKETS, encode_tiles, scale_values
 from qoda_kernels.cpu.half_precision import round_values, widen_values
 from qoda_kernels.cpu.level_tables import METHODS, WAYS
 from qoda_kernels.cpu.memory import bytes_at, write_norm
 from qoda_kernels.cpu.norms import (
+    ROTATED_LIMITS,
     exponent_of_scale,
+    finish_extreme,
     l2_norm,
     max_magnitude,
+    read_extreme_norms,
+    read_norms,
     round_to_bfloat16,
     round_up_to_bfloat16,
+    scale_of_bucket,
     sum_of_squares,
     sum_of_values,
 )
 from qoda_kernels.cpu.rotation import block_power, rotate_tail, rotate_tail_back
-from qoda_kernels.kernel_constants import HIGH_WORD, INFINITY, L2_LANES, LARGEST, NAN, ROWS, SIGN_LANES, WEYL
+from qoda_kernels.kernel_constants import (
+    HIGH_WORD,
+    HUGE,
+    INFINITY,
+    L2_LANES,
+    LARGEST,
+    NAN,
+    ROWS,
+    SCALED,
+    SIGN_LANES,
+    WEYL,
+)
 from qoda_kernels.reference import fraction_bits
+
+LARGE_HALF_NORM = np.uint32(137 << 23)  # 1024: at and above it, a float16 result might overflow
 
 
 @cache
@@ -120,11 +139,16 @@ def rotated_encoder(
                 norm_bits = NAN if largest >= INFINITY else np.uint32(0)
                 norm = np.float32(0.0)
                 power = np.float32(0.0)
-                down = np.float32(0.0)
+                back = np.float32(0.0)
+                scaled = np.uint32(0)
                 if largest > np.uint32(0) and largest < INFINITY:
                     field = exponent_of_scale(largest)
                     up = word32.float_from_bits(np.uint32(field << 23))
-                    down = word32.float_from_bits(np.uint32((254 - field) << 23))
+                    bucket_scale = scale_of_bucket(largest, 0)
+                    back = np.float32(word32.float_from_bits(np.uint32((254 - field) << 23)) * bucket_scale)
+                    forth = np.float32(up * np.float32(np.float32(1.0) / bucket_scale))
+                    if bucket_scale != np.float32(1.0):
+                        scaled = SCALED
                     coordinate = np.uint64(part[COORDINATE]) + np.uint64(begin)
                     high_share = word32.multiply(np.uint32(coordinate >> np.uint64(32)), HIGH_WORD)
                     weyl = word32.multiply(np.uint32(coordinate & np.uint64(0xFFFFFFFF)), WEYL)
@@ -141,13 +165,10 @@ def rotated_encoder(
                         norm_bits = max_magnitude(bucket, length)
                         if is_l2:
                             norm_bits = l2_norm(bucket, length, norm_bits, sums)
-                        norm = np.float32(word32.float_from_bits(norm_bits) * down)
-                        norm_bits = word32.minimum(word32.float_bits(norm), LARGEST)
+                        norm_bits = word32.float_bits(np.float32(word32.float_from_bits(norm_bits) * back))
                         if norm_bytes == 2:
                             norm_bits = round_up_to_bfloat16(norm_bits)
-                        norm = np.float32(0.0)
-                        if norm_bits < INFINITY:
-                            norm = np.float32(word32.float_from_bits(norm_bits) * up)
+                        norm = np.float32(word32.float_from_bits(norm_bits) * forth)
                 if norm > np.float32(0.0):
                     scale = np.float32((uniform_scale if is_uniform else np.float32(1.0)) / norm)
                     encode_tiles(
@@ -176,12 +197,12 @@ def rotated_encoder(
                     )
                     if is_nearest:
                         ratio = np.float32(power / sum_of_values(bucket, length, sums))
-                        norm_bits = word32.minimum(word32.float_bits(np.float32(ratio * down)), LARGEST)
+                        norm_bits = word32.minimum(word32.float_bits(np.float32(ratio * back)), LARGEST)
                         if norm_bytes == 2:
                             norm_bits = round_to_bfloat16(norm_bits)
                 else:
                     bytes_at(codes, codes_end - codes_begin)[:] = np.uint8(0)
-                write_norm(norms + np.uint64(number * norm_bytes), norm_bytes, norm_bits)
+                write_norm(norms + np.uint64(number * norm_bytes), norm_bytes, word32.bit_or(norm_bits, scaled))
                 if (number + 1) % SUMMED_BUCKETS == 0:
                     total += sum_bytes(message, summed, codes_end)
                     summed = codes_end
@@ -211,6 +232,9 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int, look_up: str) -> Ker
     lanes = 32 if bucket_size % (ROWS * 32) == 0 else 16
     item_bytes = 4 if kind == FLOAT32 else 2
     whole = bucket_size
+    limit = ROTATED_LIMITS[kind]
+    # Coordinates of a rotated bucket may exceed its norm by the root of its size, 32 at most.
+    extreme = LARGE_HALF_NORM if kind == FLOAT16 else HUGE
 
     @kernel
     def decode(  # type: ignore[no-untyped-def]  # Numba infers
@@ -220,7 +244,10 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int, look_up: str) -> Ker
         tail_values = np.empty(ROWS * lanes, dtype=np.float32)
         tail_codes = np.empty(bits * lanes, dtype=np.uint8)
         words = np.empty(SIGN_LANES, dtype=np.uint32)
+        norms = np.empty(messages.size, dtype=np.float32)
         tail_address, tail_codes_address = np.uint64(tail_values.ctypes.data), np.uint64(tail_codes.ctypes.data)
+        norms_address = np.uint64(norms.ctypes.data)
+        result_limit = limit if is_mean(messages, scale) else INFINITY
         bucket_bytes = np.int64(bucket_size // ROWS * bits)
         root = roots[block_power(bucket_size)]
         for index in range(parts.shape[0]):
@@ -234,13 +261,17 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int, look_up: str) -> Ker
                 if kind == FLOAT32:
                     bucket = tensor + np.uint64(4 * begin)
                 sums = carray(word32.float_pointer(bucket), (length,), np.float32)
-                is_finite = sum_bucket(
+                norm_begin = part[NORMS_BEGIN] + number * norm_bytes
+                power = np.float32(1.0)
+                is_extreme = read_norms(messages, norm_begin, norm_bytes, LARGEST, extreme, norms_address)
+                if is_extreme:
+                    power = read_extreme_norms(messages, norm_begin, norm_bytes, INFINITY, norms_address)
+                sum_bucket(
                     messages,
-                    part[NORMS_BEGIN] + number * norm_bytes,
+                    norms_address,
                     part[CODES_BEGIN] + number * bucket_bytes,
                     bucket,
                     length,
-                    norm_bytes,
                     levels,
                     tail_address,
                     tail_codes_address,
@@ -248,23 +279,22 @@ def rotated_decoder(bits: int, bucket_size: int, kind: int, look_up: str) -> Ker
                     lanes,
                     way,
                 )
-                if not is_finite:
-                    sums[:] = word32.float_from_bits(NAN)
+                coordinate = np.uint64(part[COORDINATE]) + np.uint64(begin)
+                high_share = word32.multiply(np.uint32(coordinate >> np.uint64(32)), HIGH_WORD)
+                weyl = word32.multiply(np.uint32(coordinate & np.uint64(0xFFFFFFFF)), WEYL)
+                first = word32.add(rotation[0], high_share)
+                if length == bucket_size:
+                    tiles.rotate_back(bucket, scale, weyl, first, rotation[1], root, whole)
                 else:
-                    coordinate = np.uint64(part[COORDINATE]) + np.uint64(begin)
-                    high_share = word32.multiply(np.uint32(coordinate >> np.uint64(32)), HIGH_WORD)
-                    weyl = word32.multiply(np.uint32(coordinate & np.uint64(0xFFFFFFFF)), WEYL)
-                    first = word32.add(rotation[0], high_share)
-                    if length == bucket_size:
-                        tiles.rotate_back(bucket, scale, weyl, first, rotation[1], root, whole)
-                    else:
-                        rotate_tail_back(sums, weyl, first, rotation[1], roots, words)
-                        for place in range(length):
-                            value = np.float32(sums[place] * scale)
-                            sums[place] = word32.float_from_bits(NAN) if np.isnan(value) else value
+                    rotate_tail_back(sums, weyl, first, rotation[1], roots, words)
+                    for place in range(length):
+                        value = np.float32(sums[place] * scale)
+                        sums[place] = word32.float_from_bits(NAN) if np.isnan(value) else value
+                if is_extreme:
+                    finish_extreme(bucket, length, power, result_limit)
                 if kind != FLOAT32:
                     halves = carray(word32.half_pointer(tensor + np.uint64(2 * begin)), (length,), np.uint16)
                     round_values(sums, kind, halves)
-        tiles.keep((scratch, tail_values, tail_codes))
+        tiles.keep((scratch, tail_values, tail_codes, norms))
 
     return compile_kernel(decode, DECODE_ROTATED, f"decodes {bits} bits and rotates back")

@@ -18,7 +18,7 @@ from qoda_kernels.cuda.encoding import encode, encode_rotated, encode_stratified
 from qoda_kernels.cuda.statistics import gather_statistics
 from qoda_kernels.cuda.threads import THREADS
 
-__all__ = ["CHECK_BYTES", "LAUNCH_BOUNDS", "SIGNATURES", "THREADS"]
+__all__ = ["CHECK_BYTES", "SIGNATURES", "THREADS", "launch_bounds"]
 
 _ADDRESS, _WORD = types.uint64, types.uint32
 SIGNATURES = {
@@ -35,5 +35,18 @@ SIGNATURES = {
     ),
     "gather_statistics": (gather_statistics, types.void(_ADDRESS, _ADDRESS, _ADDRESS, _WORD)),
 }
-# Threads of a block, and blocks that a multiprocessor must have registers for; without it ptxas spends more on these.
-LAUNCH_BOUNDS = {"encode_stratified": (THREADS, 3), "encode_rotated": (THREADS, 2)}
+# Blocks that a multiprocessor must have registers for; without it ptxas spends more on these.
+_BLOCKS = {"encode": 4, "encode_stratified": 3, "encode_rotated": 2, "decode_mean": 4, "decode_mean_rotated": 3}
+_SPILLS_BELOW = {"encode": (9, 0)}  # compute capability that the bound of a kernel needs
+
+
+def launch_bounds(name: str, capability: tuple[int, int]) -> tuple[int, int] | None:
+    """Threads of a block and blocks that a multiprocessor must hold; None where ptxas may decide.
+
+    Args:
+        name: of `SIGNATURES`.
+        capability: of the device.
+    """
+    if name not in _BLOCKS or capability < _SPILLS_BELOW.get(name, capability):
+        return None
+    return THREADS, _BLOCKS[name]

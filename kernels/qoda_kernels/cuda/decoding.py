@@ -9,12 +9,11 @@ from qoda_kernels.cuda import memory, records
 from qoda_kernels.cuda.checksums import fold_checksum, sum_piece
 from qoda_kernels.cuda.compilation import device, kernel
 from qoda_kernels.cuda.exact import decode_exact
-from qoda_kernels.cuda.norms import load_norm
+from qoda_kernels.cuda.norms import common_scale, extreme_norm, extreme_norms_from, finished_extreme, load_norm
 from qoda_kernels.cuda.rotation import rotate_back, sign_word
 from qoda_kernels.cuda.threads import WARPS, is_last_block, own_lane, own_warp, warp_count, warp_maximum
 from qoda_kernels.cuda.units import copy_table, count_in_unit, find_segment, place_in_tiles, scratch_of_warp
 from qoda_kernels.cuda.values import fill_with_nan, item_shift, store_if, store_value
-from qoda_kernels.kernel_constants import INFINITY
 
 
 @device
@@ -25,13 +24,19 @@ def _add_row(total, word, row, bits, mask, norm, table, levels):
 
 
 @device
-def _store_sum(out, kind, index, count, total, scale, rotates, table, scratch):
-    """Store one sum times the scale; where it is still rotated, as it is in shared memory."""
+def _store_sum(out, kind, index, count, total, scale, rotates, table, scratch, common, sender_count):
+    """Store one sum times the scale; where it is still rotated, as it is in shared memory.
+
+    `common` is 0 unless the bucket is extreme.
+    """
     if rotates:
         if index < count:
             table[word32.add(scratch, index)] = total
     else:
-        store_if(out, kind, index, count, libdevice.fmul_rn(total, scale))
+        value = libdevice.fmul_rn(total, scale)
+        if common != np.float32(0.0):
+            value = finished_extreme(value, kind, False, common, scale, sender_count)
+        store_if(out, kind, index, count, value)
 
 
 @device
@@ -53,12 +58,15 @@ def _decode_bucket(out, kind, segment, number, senders, sender_count, scale, tab
         message = memory.load_long(senders + records.SENDER_BYTES * np.uint64(sender) + records.SENDER_MESSAGE)
         largest = word32.maximum(largest, load_norm(message + np.uint64(norm_offset), norm_bytes))
         sender = word32.add(sender, np.uint32(32))
-    if warp_maximum(largest) >= INFINITY:
-        fill_with_nan(out, kind, segment, number)
-        return
-
     may_rotate, rotation_first, rotation_second, scratch = rotation
     rotates = may_rotate and memory.load_word(segment + records.ROTATES) != np.uint32(0)
+    largest = warp_maximum(largest)
+    common = np.float32(0.0)
+    if largest >= extreme_norms_from(kind, rotates):
+        common = common_scale(senders, sender_count, norm_offset, norm_bytes, largest)
+        if common != common:
+            fill_with_nan(out, kind, segment, number)
+            return
     bucket_bytes = word32.multiply(word32.shift_right(bucket_size, np.uint32(3)), bits)
     offset = word32.add(memory.load_word(segment + records.CODES_BEGIN), word32.multiply(number, bucket_bytes))
     out += begin << np.uint64(item_shift(kind))
@@ -82,7 +90,10 @@ def _decode_bucket(out, kind, segment, number, senders, sender_count, scale, tab
             sender = np.uint32(0)
             while sender < sender_count:
                 message = memory.load_long(senders + records.SENDER_BYTES * np.uint64(sender) + records.SENDER_MESSAGE)
-                norm = word32.float_from_bits(load_norm(message + np.uint64(norm_offset), norm_bytes))
+                word = load_norm(message + np.uint64(norm_offset), norm_bytes)
+                norm = word32.float_from_bits(word)
+                if common != np.float32(0.0):
+                    norm = extreme_norm(word, kind, rotates, common)
                 packed = np.uint64(0)
                 byte_offset = first_byte
                 shift = np.uint32(0)
@@ -104,21 +115,21 @@ def _decode_bucket(out, kind, segment, number, senders, sender_count, scale, tab
                 t7 = _add_row(t7, high, 3, bits, mask, norm, table, levels)
                 sender = word32.add(sender, np.uint32(1))
             index = word32.add(tile_begin, tile_lane)
-            _store_sum(out, kind, index, count, t0, scale, rotates, table, scratch)
+            _store_sum(out, kind, index, count, t0, scale, rotates, table, scratch, common, sender_count)
             index = word32.add(index, stride)
-            _store_sum(out, kind, index, count, t1, scale, rotates, table, scratch)
+            _store_sum(out, kind, index, count, t1, scale, rotates, table, scratch, common, sender_count)
             index = word32.add(index, stride)
-            _store_sum(out, kind, index, count, t2, scale, rotates, table, scratch)
+            _store_sum(out, kind, index, count, t2, scale, rotates, table, scratch, common, sender_count)
             index = word32.add(index, stride)
-            _store_sum(out, kind, index, count, t3, scale, rotates, table, scratch)
+            _store_sum(out, kind, index, count, t3, scale, rotates, table, scratch, common, sender_count)
             index = word32.add(index, stride)
-            _store_sum(out, kind, index, count, t4, scale, rotates, table, scratch)
+            _store_sum(out, kind, index, count, t4, scale, rotates, table, scratch, common, sender_count)
             index = word32.add(index, stride)
-            _store_sum(out, kind, index, count, t5, scale, rotates, table, scratch)
+            _store_sum(out, kind, index, count, t5, scale, rotates, table, scratch, common, sender_count)
             index = word32.add(index, stride)
-            _store_sum(out, kind, index, count, t6, scale, rotates, table, scratch)
+            _store_sum(out, kind, index, count, t6, scale, rotates, table, scratch, common, sender_count)
             index = word32.add(index, stride)
-            _store_sum(out, kind, index, count, t7, scale, rotates, table, scratch)
+            _store_sum(out, kind, index, count, t7, scale, rotates, table, scratch, common, sender_count)
         tile_begin = word32.add(tile_begin, word32.multiply(together, tile))
         number_of_tile = word32.add(number_of_tile, together)
     if rotates:
@@ -128,7 +139,10 @@ def _decode_bucket(out, kind, segment, number, senders, sender_count, scale, tab
         index = lane
         while index < count:
             value = memory.element(table, word32.add(scratch, index))
-            store_value(out, kind, index, libdevice.fmul_rn(value, scale))
+            value = libdevice.fmul_rn(value, scale)
+            if common != np.float32(0.0):
+                value = finished_extreme(value, kind, True, common, scale, sender_count)
+            store_value(out, kind, index, value)
             index = word32.add(index, np.uint32(32))
         cuda.syncwarp()
 

@@ -13,9 +13,9 @@ from qoda_kernels.cuda.checksums import checksum_share, fold_checksum, share_of_
 from qoda_kernels.cuda.compilation import device, kernel
 from qoda_kernels.cuda.dither import hash_coordinate, stratified
 from qoda_kernels.cuda.exact import encode_exact
-from qoda_kernels.cuda.norms import bfloat16_norm, bucket_norm, powers_of_scale, store_norm
+from qoda_kernels.cuda.norms import bfloat16_norm, bucket_norm, bucket_scale, lowered_norm, powers_of_scale, store_norm
 from qoda_kernels.cuda.rotation import place_rotated, sign_word
-from qoda_kernels.cuda.rounding import add_levels, clipped, normalised, positions, sign_bits
+from qoda_kernels.cuda.rounding import add_levels, clipped, multiplied, positions, sign_bits
 from qoda_kernels.cuda.shared_buckets import shared_column, shared_l2_norm, shared_maximum, shared_sum, store_products
 from qoda_kernels.cuda.threads import WARPS, is_last_block, own_lane, own_warp, warp_count, warp_sum
 from qoda_kernels.cuda.units import copy_table, count_in_unit, find_segment, place_in_tiles, scratch_of_warp
@@ -27,8 +27,7 @@ from qoda_kernels.kernel_constants import (
     LARGEST,
     LOW_HALF,
     NAN,
-    TINY_NORM,
-    TINY_SCALE,
+    SCALED,
     WEYL,
 )
 
@@ -73,16 +72,19 @@ def _encode_bucket(values, kind, segment, message, number, table, key, rotation)
     may_rotate, rotation_first, rotation_second, scratch = rotation
     rotates = may_rotate and memory.load_word(segment + records.ROTATES) != np.uint32(0)
     is_l2 = memory.load_word(segment + records.IS_L2)
-    norm_bits = bucket_norm(values, kind, count, np.uint32(0) if rotates else is_l2)
     clip = memory.load_word(segment + records.CLIP)
+    may_scale = clip == np.uint32(0) and not rotates
+    norm_bits, scale = bucket_norm(values, kind, count, np.uint32(0) if rotates else is_l2, may_scale)
     if clip != np.uint32(0) and norm_bits != np.uint32(0) and norm_bits < INFINITY:
         norm_bits = clip
     spread = np.float32(0.0)  # above 0: to nearest
     power = np.float32(0.0)
-    down = np.float32(0.0)
+    back = np.float32(0.0)
     used_bits = np.uint32(0)  # of the norm by which rotated coordinates are divided
     if rotates and norm_bits != np.uint32(0) and norm_bits < INFINITY:
         up, down = powers_of_scale(norm_bits)
+        scale = bucket_scale(norm_bits)
+        back = libdevice.fmul_rn(down, scale)
         place_rotated(values, kind, count, up, sign_word(place, rotation_first, rotation_second), table, scratch)
         spread = memory.load_float(segment + records.SPREAD)
         if spread > np.float32(0.0):
@@ -93,17 +95,21 @@ def _encode_bucket(values, kind, segment, message, number, table, key, rotation)
             norm_bits = shared_maximum(table, scratch, count)
             if is_l2 != np.uint32(0):
                 norm_bits = shared_l2_norm(table, scratch, count, norm_bits)
-            scaled = libdevice.fmul_rn(word32.float_from_bits(norm_bits), down)
-            norm_bits = word32.minimum(word32.float_bits(scaled), LARGEST)
+            norm_bits = word32.float_bits(libdevice.fmul_rn(word32.float_from_bits(norm_bits), back))
     if norm_bytes == np.uint32(2):
         rounded_up = word32.bit_and(word32.add(norm_bits, LOW_HALF), HIGH_HALF)
         norm_bits = NAN if norm_bits >= INFINITY else rounded_up
     if rotates and spread == np.float32(0.0) and norm_bits != np.uint32(0) and norm_bits < INFINITY:
-        used_bits = word32.float_bits(libdevice.fmul_rn(word32.float_from_bits(norm_bits), up))
+        forth = libdevice.fmul_rn(up, libdevice.fdiv_rn(np.float32(1.0), scale))
+        used_bits = word32.float_bits(libdevice.fmul_rn(word32.float_from_bits(norm_bits), forth))
+    is_scaled = scale != np.float32(1.0)
+    sign = SCALED if is_scaled else np.uint32(0)
     if lane == np.uint32(0) and spread == np.float32(0.0):
-        total += store_norm(message, segment, number, norm_bytes, norm_bits)
+        total += store_norm(message, segment, number, norm_bytes, word32.bit_or(norm_bits, sign))
     if rotates:
         norm_bits = used_bits
+    elif norm_bits < INFINITY:
+        norm_bits = lowered_norm(norm_bits, kind, scale)
     if begin + np.uint64(count) == length:
         _store_padding(message, segment)
 
@@ -125,9 +131,10 @@ def _encode_bucket(values, kind, segment, message, number, table, key, rotation)
     method = memory.load_word(segment + records.METHOD)
     rounding = memory.load_word(segment + records.ROUNDING)
     norm = word32.float_from_bits(norm_bits)
-    is_tiny = not rotates and norm < TINY_NORM
-    if is_tiny:
-        norm = libdevice.fmul_rn(norm, TINY_SCALE)
+    if rotates:
+        scale = np.float32(1.0)
+    elif is_scaled:  # the norm is that of the scaled bucket, and no coordinate is larger
+        norm_bits = INFINITY
     factor = np.float32(1.0)
     multiplier = libdevice.fdiv_rn(np.float32(1.0), norm)
     if method == records.UNIFORM:
@@ -161,7 +168,7 @@ def _encode_bucket(values, kind, segment, message, number, table, key, rotation)
                 v = load_column(values, kind, first, stride, count)
             low = sign_bits(v[0], v[1], v[2], v[3], bits)
             high = sign_bits(v[4], v[5], v[6], v[7], bits)
-            x = normalised(clipped(v, norm_bits), is_tiny, multiplier)
+            x = multiplied(multiplied(clipped(v, norm_bits), scale), multiplier)
             y = positions(method, table, rounding, steps, x)
             weyl = word32.multiply(word32.add(low_place, first), WEYL)
             row_weyl = word32.multiply(stride, WEYL)
@@ -216,10 +223,10 @@ def _encode_bucket(values, kind, segment, message, number, table, key, rotation)
     if spread > np.float32(0.0):
         cuda.syncwarp()
         ratio = libdevice.fdiv_rn(power, shared_sum(table, scratch, count, False))
-        norm_bits = word32.minimum(word32.float_bits(libdevice.fmul_rn(ratio, down)), LARGEST)
+        norm_bits = word32.minimum(word32.float_bits(libdevice.fmul_rn(ratio, back)), LARGEST)
         if lane == np.uint32(0):
             norm_bits = bfloat16_norm(norm_bits, norm_bytes, np.uint32(0x8000))
-            total += store_norm(message, segment, number, norm_bytes, norm_bits)
+            total += store_norm(message, segment, number, norm_bytes, word32.bit_or(norm_bits, sign))
     words = word32.shift_right(lanes, np.uint32(2))
     return total + share_of_planes(word32.add(offset, tile_lane), byte_sum, weighted_sum, words)
 

@@ -7,7 +7,7 @@ from qoda_kernels import word32
 from qoda_kernels.cuda import memory, records
 from qoda_kernels.cuda.compilation import device
 from qoda_kernels.cuda.values import magnitude_bits
-from qoda_kernels.kernel_constants import INFINITY, LOW_HALF, ROUNDING_BITS, TINY_SCALE
+from qoda_kernels.kernel_constants import INFINITY, LOW_HALF, ROUNDING_BITS
 
 
 @device
@@ -26,33 +26,17 @@ def clipped(column, norm_bits):
 
 
 @device
-def _scaled(magnitude, prescale, multiplier):
-    return libdevice.fmul_rn(libdevice.fmul_rn(magnitude, prescale), multiplier)
-
-
-@device
-def normalised(column, is_tiny, multiplier):
-    """A column of magnitudes times a multiplier."""
-    if is_tiny:
-        return (
-            _scaled(column[0], TINY_SCALE, multiplier),
-            _scaled(column[1], TINY_SCALE, multiplier),
-            _scaled(column[2], TINY_SCALE, multiplier),
-            _scaled(column[3], TINY_SCALE, multiplier),
-            _scaled(column[4], TINY_SCALE, multiplier),
-            _scaled(column[5], TINY_SCALE, multiplier),
-            _scaled(column[6], TINY_SCALE, multiplier),
-            _scaled(column[7], TINY_SCALE, multiplier),
-        )
+def multiplied(column, factor):
+    """A column times a factor."""
     return (
-        libdevice.fmul_rn(column[0], multiplier),
-        libdevice.fmul_rn(column[1], multiplier),
-        libdevice.fmul_rn(column[2], multiplier),
-        libdevice.fmul_rn(column[3], multiplier),
-        libdevice.fmul_rn(column[4], multiplier),
-        libdevice.fmul_rn(column[5], multiplier),
-        libdevice.fmul_rn(column[6], multiplier),
-        libdevice.fmul_rn(column[7], multiplier),
+        libdevice.fmul_rn(column[0], factor),
+        libdevice.fmul_rn(column[1], factor),
+        libdevice.fmul_rn(column[2], factor),
+        libdevice.fmul_rn(column[3], factor),
+        libdevice.fmul_rn(column[4], factor),
+        libdevice.fmul_rn(column[5], factor),
+        libdevice.fmul_rn(column[6], factor),
+        libdevice.fmul_rn(column[7], factor),
     )
 
 

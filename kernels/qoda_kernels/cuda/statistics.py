@@ -90,7 +90,7 @@ def gather_statistics(plan, values, gathered, is_first):
             bucket = memory.load_long(values + np.uint64(8) * np.uint64(index))
             bucket += begin << np.uint64(item_shift(kind))
             record = gathered + records.GATHERED_BYTES * np.uint64(memory.load_word(segment + records.CODEBOOK))
-            norm_bits = bucket_norm(bucket, kind, count, memory.load_word(segment + records.IS_L2))
+            norm_bits, _ = bucket_norm(bucket, kind, count, memory.load_word(segment + records.IS_L2), False)
             is_finite = norm_bits < INFINITY
             if is_first != np.uint32(0):
                 if is_finite and own_lane() == np.uint32(0):
