@@ -4,6 +4,10 @@ What all ranks have in common (levels, statistics, numbers of steps and exchange
 "qoda", by DeepSpeed itself. What only one rank has (its last messages with worker_norms, its residuals with
 error_feedback) is saved beside it, by every rank, in qoda_rank_<rank>.pt.
 
+A checkpoint may be made at any time: between the micro-batches of a step, or after a batch that is thrown away. As
+DeepSpeed saves no accumulated gradients, the plug-in saves its state before the step under way, and both take that
+step anew.
+
 DeepSpeed alone reads such a checkpoint as any other: the model goes on with uncompressed gradients, and "qoda" is one
 more key of the client state. So that this does not happen unnoticed there is a note beside the state, qoda.json, for
 people and for `python -m ds_plugin check CHECKPOINT` (`ds_plugin.note`).

@@ -211,8 +211,8 @@ class GradientReducer:
     def state_dict(self) -> dict[str, Any]:
         """What all ranks have in common, of plain values; with `private_state` all that a resumed run needs.
 
-        Raises:
-            QodaError: between a backward pass and the step that belongs to it.
+        Within a step it is the session's state before that step, as DeepSpeed saves no accumulated gradients: a resumed
+        run takes the whole step anew. Numbers of exchanges are not used again.
         """
         common = {key: value for key, value in self._session.state_dict().items() if key != _PRIVATE}
         return {"session": common, "exchanges": self._exchanges, "ranks": self.transport.size}

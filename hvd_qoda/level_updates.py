@@ -12,6 +12,7 @@ due at such a step is made up for by the next one that begins.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -24,9 +25,22 @@ from qoda_kernels.errors import RegistryError, WireError
 from qoda_kernels.registry import CodebookRegistry, LearntFrom
 from qoda_kernels.statistics import ExchangedStatistics, HistogramStatistics, TruncatedNormalStatistics
 
-__all__ = ["LevelUpdates"]
+__all__ = ["LevelMark", "LevelUpdates"]
 
 _OF_A_KIND = (HistogramStatistics, TruncatedNormalStatistics)  # those that the schedule chooses between
+
+
+@dataclass(frozen=True)
+class LevelMark:
+    """Where level updates stand; see `LevelUpdates.mark`.
+
+    Attributes:
+        merged: by codebook key, the statistics since the last update.
+        begun: the last step that has begun.
+    """
+
+    merged: Mapping[str, ExchangedStatistics]
+    begun: int
 
 
 class LevelUpdates:
@@ -134,12 +148,21 @@ class LevelUpdates:
         """Forget what this step has gathered."""
         self._own = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """The statistics since the last update and the last step that began, as plain values; equal on all ranks."""
+    def mark(self) -> LevelMark:
+        """Where the updates stand between two steps, for `state_dict`; cheap."""
+        return LevelMark(dict(self._merged), self._begun)
+
+    def state_dict(self, mark: LevelMark | None = None) -> dict[str, Any]:
+        """The statistics since the last update and the last step that began, as plain values; equal on all ranks.
+
+        Args:
+            mark: tells of the time when it was made; by default of now.
+        """
+        mark = self.mark() if mark is None else mark
         return {
             "statistics": self._schedule.statistics,
-            "merged": {key: merged.to_array().tolist() for key, merged in self._merged.items()},
-            "begun": self._begun,
+            "merged": {key: merged.to_array().tolist() for key, merged in mark.merged.items()},
+            "begun": mark.begun,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

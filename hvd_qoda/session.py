@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ from hvd_qoda.errors import ConfigError, QodaError, RankMismatchError, RegistryE
 from hvd_qoda.exchange import Exchange, Stamp
 from hvd_qoda.fusion import real_numel
 from hvd_qoda.learnt import learnt_record
-from hvd_qoda.level_updates import LevelUpdates
+from hvd_qoda.level_updates import LevelMark, LevelUpdates
 from hvd_qoda.optim.worker_norms import WorkerNorms
 from hvd_qoda.parameters import check_parameters, check_unchanged, refuse_sharded_modules
 from hvd_qoda.scheme_choice import SchemeChoice
@@ -89,6 +90,17 @@ class GradientRoute(Protocol):
         """End what is under way and forget it, as well as the ranks; after a failure of the host, too."""
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """Where a session stands between two steps: all of its state that a step under way changes before it ends."""
+
+    step: int
+    registry: CodebookRegistry
+    levels: LevelMark
+    choice: Mapping[str, Any] | None
+    gradient_order: tuple[str, ...] | None
+
+
 class Session:
     """Layer types, codebooks, step numbers, statistics, norms and telemetry of one model; the same on every rank.
 
@@ -143,7 +155,7 @@ class Session:
         self._reported_codebooks: dict[str, Codebook] = {}
         self._reported_bytes = 0
         self._account = StepAccount()
-        self._under_way = False
+        self._before: _Mark | None = None  # where the session stood when the step under way began
         self._agreed_with: Transport | None = None
 
     @property
@@ -221,8 +233,8 @@ class Session:
             roll_call("hvd_qoda.agreement.roll_call")
             self.agree(transport)
         roll_call(f"{self.name}.roll_call")
+        self._before = self._mark()
         self.step += 1
-        self._under_way = True
         self._account = StepAccount()
         before = self.registry
         verdict = partial(self._device_verdict, transport)
@@ -358,7 +370,7 @@ class Session:
             self._report(self._telemetry, sent - self._reported_bytes)
         self._reported_bytes = sent
         self._note = None
-        self._under_way = False
+        self._before = None
 
     def abandon_step(self) -> None:
         """Forget the step under way; its number stays used."""
@@ -367,7 +379,7 @@ class Session:
             self._vectors.abandon_step()
         if self._feedback is not None:
             self._feedback.abandon_step()
-        self._under_way = False
+        self._before = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to give the bits of an uninterrupted one.
@@ -376,19 +388,17 @@ class Session:
         "rank_private" holds the last messages or the residuals of this rank (tensors): then every rank saves its own
         state, and loads that.
 
-        Raises:
-            QodaError: between `backward()` and `optimizer.step()`.
+        Within a step it is the state before that step, as the model's weights are: a resumed run takes the step anew.
         """
         with self.lock:
-            if self._under_way:
-                raise QodaError("state_dict() within a step: call it after optimizer.step() and before backward()")
+            mark = self._before or self._mark()
             return {
                 "format": STATE_FORMAT,
-                "step": self.step,
-                "registry": self.registry.state_dict(),
-                "levels": self._levels.state_dict(),
-                "choice": None if self.choice is None else self.choice.state_dict(),
-                "gradient_order": None if self.gradient_order is None else list(self.gradient_order),
+                "step": mark.step,
+                "registry": mark.registry.state_dict(),
+                "levels": self._levels.state_dict(mark.levels),
+                "choice": mark.choice,
+                "gradient_order": None if mark.gradient_order is None else list(mark.gradient_order),
                 "rank_private": self._private_state(),
             }
 
@@ -422,6 +432,10 @@ class Session:
             if self._telemetry is not None:
                 self._telemetry.rewind(self.step)
             self._load_private_state(state["rank_private"])
+
+    def _mark(self) -> _Mark:
+        choice = None if self.choice is None else self.choice.state_dict()
+        return _Mark(self.step, self.registry, self._levels.mark(), choice, self.gradient_order)
 
     @property
     def _attached(self) -> GradientRoute:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import horovod.torch as hvd
 import torch
 
-from hvd_qoda.errors import ConfigError, QodaError
+from hvd_qoda.errors import ConfigError
 from hvd_qoda.telemetry import LayerTypeRecord, Telemetry
 from hvd_qoda.traffic import Traffic, TrafficMeter, all_reduce_bytes
 
@@ -100,13 +100,10 @@ class MeteredCompressor:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on counting steps: plain values, the same on every rank.
 
-        Raises:
-            QodaError: between `backward()` and `optimizer.step()`.
+        Within a step it is the state before that step.
         """
         with self._lock:
-            if self._outstanding:
-                raise QodaError("state_dict() within a step: call it after optimizer.step() and before backward()")
-            return {"format": STATE_FORMAT, "step": self._step}
+            return {"format": STATE_FORMAT, "step": self._step - 1 if self._outstanding else self._step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
