@@ -1,5 +1,7 @@
 """Gradients of the largest and the smallest numbers: finite, unbiased, and equal in the reference and the kernels."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,16 @@ def test_the_mean_of_largest_numbers_is_finite_and_their_sum_infinite() -> None:
         messages = [codec.encode([torch.full((512,), float(LARGEST))], where) for where in contexts]
         assert (codec.decode_mean(messages, contexts)[0] == float(LARGEST)).all()
         assert torch.isinf(codec.decode_mean(messages, contexts, scale=1.0)[0]).all()
+
+
+def test_the_mean_of_rotations_of_their_own_is_finite_too() -> None:
+    """Each message is decoded alone, and the sum of what they decode to must not overflow."""
+    codec = Codec(single_slice_plan(512, book := CODEBOOKS["rotated, stochastic"]), {"other": book})
+    contexts = [dataclasses.replace(context(rank), rotations="separate") for rank in range(5)]
+    messages = [codec.encode([torch.full((512,), float(LARGEST))], where) for where in contexts]
+    (mean,) = codec.decode_mean(messages, contexts)
+    assert torch.isfinite(mean).all()
+    assert float(mean.mean()) > 0.5 * float(LARGEST)
 
 
 def test_one_rank_with_tiny_gradients_beside_one_with_huge_ones() -> None:
