@@ -1,6 +1,6 @@
 """Runs functions in real ranks, of Horovod or of torch.distributed, on the loopback interface of this machine.
 
-Several checks share one set of processes, because starting a rank takes seconds:
+Several checks share one set of processes:
 
     with RankPool(2) as ranks:
         results = ranks.run(check_something, 3, bits=5)      # a list: each rank's return value, in rank order
@@ -10,6 +10,10 @@ Several checks share one set of processes, because starting a rank takes seconds
 module (a test file will do); arguments and results travel by pickle. An exception in any rank raises `RankError` in the
 caller, with the ranks' tracebacks. A rank that does not answer in time is stopped, with all others, and `RankError`
 shows where each of them was. After an error the pool starts new processes for the next call.
+
+New ranks are forked from processes that have imported torch, the host and `hvd_qoda` (`tests.fork_server`): a pool of
+its own costs a test a fraction of a second. What a rank imports beyond that, it imports anew: give `imports` for what
+takes long, such as DeepSpeed. Tests that need nothing special still share those of their folder (`tests.shared_ranks`).
 
 `run_ranks(function, size, ...)` is a pool for one call. `horovodrun(["python", "x.py"], size)` runs a whole program
 under the real `horovodrun --gloo` and returns its output. All of them stop only the processes that they have started.
@@ -35,6 +39,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn
+
+from tests.fork_server import ForkedProcess, can_fork, server_of
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 90.0
@@ -70,6 +76,7 @@ class RankPool:
         host: "horovod", or "torch" for torch.distributed with gloo.
         hosts: names of this machine with numbers of ranks, such as "localhost:2,127.0.0.1:2", which Horovod then takes
             for different machines; by default one name.
+        imports: modules that ranks find imported already, beside torch, the host and `hvd_qoda`.
     """
 
     def __init__(
@@ -79,8 +86,10 @@ class RankPool:
         prefix: Sequence[str] = (),
         host: Literal["horovod", "torch"] = "horovod",
         hosts: str | None = None,
+        imports: Sequence[str] = (),
     ) -> None:
         self.size = size
+        self._imports = ["torch", *(["horovod.torch"] if host == "horovod" else []), "hvd_qoda", *imports]
         self._host = host
         self._hosts = hosts or f"{socket.gethostname()}:{size}"
         self._environment = dict(environment or {})
@@ -145,8 +154,12 @@ class RankPool:
 
     def _start(self) -> None:
         host = self._horovod_variables() if self._host == "horovod" else self._torch_variables()
-        for variables in host:
-            self._ranks.append(_Rank({**child_environment(), **variables, **self._environment}, self._prefix))
+        environments = [{**child_environment(), **variables, **self._environment} for variables in host]
+        if can_fork() and not self._prefix:
+            for number, environment in enumerate(environments):
+                server_of(environment, self._imports, number)  # all of them import at the same time
+        for number, environment in enumerate(environments):
+            self._ranks.append(_Rank(number, environment, self._prefix, self._imports))
         self._collect(time.monotonic() + START_TIMEOUT_S, f"initialisation of {self._host}")
 
     def _torch_variables(self) -> list[dict[str, str]]:
@@ -216,19 +229,26 @@ class RankPool:
 class _Rank:
     """One process, and the pipe to it."""
 
-    def __init__(self, environment: Mapping[str, str], prefix: Sequence[str]) -> None:
+    def __init__(
+        self, number: int, environment: Mapping[str, str], prefix: Sequence[str], imports: Sequence[str]
+    ) -> None:
         self.connection, theirs = Pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the rank lives
-        command = [*prefix, sys.executable, "-m", "tests.launcher", str(theirs.fileno())]
-        self._process = subprocess.Popen(
-            command, env=dict(environment), pass_fds=[theirs.fileno()], stdout=self._log, stderr=self._log, cwd=ROOT
-        )
-        theirs.close()
+        self._process: subprocess.Popen[bytes] | ForkedProcess
+        with theirs:
+            if can_fork() and not prefix:
+                self._process = server_of(environment, imports, number).fork(
+                    environment, theirs.fileno(), self._log.fileno()
+                )
+                return
+            command = [*prefix, sys.executable, "-m", "tests.launcher", str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                command, env=dict(environment), pass_fds=[theirs.fileno()], stdout=self._log, stderr=self._log, cwd=ROOT
+            )
 
     def show_stack(self) -> None:
         """Ask a living rank to write its stack into its log."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGUSR1)
+        self._process.send_signal(signal.SIGUSR1)
 
     def stop(self, grace_s: float) -> None:
         """Wait for the process, then kill it."""
@@ -302,8 +322,13 @@ def child_environment() -> dict[str, str]:
     }
 
 
+def serve(file: int) -> None:
+    """A rank's main loop: answer the calls that come through a pipe, until an empty one."""
+    with contextlib.suppress(EOFError):
+        _serve(Connection(file))
+
+
 def _serve(connection: Connection) -> None:
-    """A rank's main loop: answer calls until an empty one."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     modules: dict[str, ModuleType] = {}
     with connection:
@@ -370,5 +395,4 @@ if __name__ == "__main__":
     # Outcomes are pickled by the name under which the caller knows their class.
     from tests import launcher
 
-    with contextlib.suppress(EOFError):
-        launcher._serve(Connection(int(sys.argv[1])))
+    launcher.serve(int(sys.argv[1]))

@@ -1,4 +1,8 @@
-"""Ranks shared by all tests of a folder: starting them takes longer than most checks."""
+"""Ranks shared by all tests of a folder: starting them takes longer than most checks.
+
+What they import and compile stays with them. A test that leaves something behind, or needs its own variables, takes a
+`RankPool` of its own, which costs it about half a second (`tests.launcher`).
+"""
 
 from collections.abc import Callable
 from pathlib import Path

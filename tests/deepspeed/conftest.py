@@ -13,7 +13,7 @@ pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'hvd-qoda[
 def _pool(size: int) -> RankPool:
     # LOCAL_SIZE is how many devices DeepSpeed's CPU accelerator has.
     environment = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(size), "LOCAL_RANK": "0"}
-    return RankPool(size, environment, host="torch")
+    return RankPool(size, environment, host="torch", imports=["deepspeed"])
 
 
 _RANKS = SharedRanks(Path(__file__).parent, _pool)
