@@ -27,6 +27,8 @@ from hvd_qoda.measurement import fitted_codebook, measure_codec, measure_link
 from hvd_qoda.transport import LocalTransport, Transport
 from qoda_kernels import __version__
 from qoda_kernels.codebook import Codebook
+from qoda_kernels.cpu.target import target, vector_extension
+from qoda_kernels.fastest_method import look_up_way, search_method
 from qoda_kernels.registry import COMPRESSIBLE_DTYPES
 from qoda_kernels.wire import WIRE_VERSION
 from qoda_kernels.worker_threads import WorkerThreads, allotted_threads
@@ -38,6 +40,13 @@ SUMMARY = "what is installed and works here"
 
 _TITLES = {"horovod": "Horovod", "deepspeed": "DeepSpeed"}
 _PACKAGES = ("torch", "numpy", "numba", "horovod", "deepspeed", "wandb", "tensorboard", "numba-cuda")
+_EXPECTED = {
+    "AVX-512": "the codec's full speed",
+    "AVX2": "uniform levels at full speed, fitted ones at about half of it",
+    "AVX": "fitted levels at a fraction of full speed",
+    "SSE": "fitted levels at a fraction of full speed",
+    "NEON": "the same bits, at a speed that is only known from the codec's line below",
+}
 _IMPORT_TIMEOUT_S = 120.0
 _CODEC_MEASUREMENTS = 5  # the middle one counts: a machine that does other work makes single ones several times as slow
 
@@ -61,6 +70,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in _PACKAGES},
             "hosts": hosts,
+            "processor": _processor(options.bits),
             "gpus": _gpus(),
             "coding_on_gpus": _coding_on_gpus(options.bits),
             "codec": {
@@ -126,6 +136,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         table.add_row(f"{name} works", host["problem"] or host["says"])
         for warning in host["warnings"]:
             table.add_row(f"{name} warns", warning)
+    table.add_row("processor", _processor_line(found["processor"]))
     table.add_row("GPUs", ", ".join(found["gpus"]) or "none that torch can use")
     for index, problem in enumerate(found["coding_on_gpus"]):
         said = "passed the self check: same bits as the CPU" if problem is None else f"no, the CPU does it: {problem}"
@@ -153,6 +164,26 @@ def show(found: dict[str, Any], console: Console) -> None:
         bandwidth = f"{8e-9 / per_byte:.3g} Gbit/s" if per_byte > 0 else "too fast to measure"
         table.add_row(name, f"{1e3 * cost['fixed_s']:.3g} ms", f"{1e3 * cost['each_s']:.3g} ms", bandwidth)
     console.print(table)
+
+
+def _processor(bits: int) -> dict[str, Any]:
+    """What the kernels are compiled to, and the methods that were the fastest here for fitted levels."""
+    extension, numbers = vector_extension()
+    return {
+        "target": target()[1],
+        "vectors": extension,
+        "numbers_at_once": numbers,
+        "search": search_method(bits),
+        "look_up": look_up_way(bits),
+    }
+
+
+def _processor_line(processor: dict[str, Any]) -> str:
+    expected = _EXPECTED[processor["vectors"]]
+    return (
+        f"{processor['vectors']}, {processor['numbers_at_once']} numbers at once ({processor['target']}): {expected}; "
+        f"levels are found in {processor['search']}, looked up in {processor['look_up']}"
+    )
 
 
 def _version(package: str) -> str | None:

@@ -12,6 +12,8 @@ from hvd_qoda import advise, check, cli, measurement
 from hvd_qoda.cost_model import CodecSpeed, Link, Ranks
 from hvd_qoda.hosts import Hosts
 from hvd_qoda.transport import LocalTransport
+from qoda_kernels.cpu import target as processor_target
+from qoda_kernels.fastest_method import search_methods
 
 
 @pytest.fixture
@@ -111,7 +113,30 @@ def test_check_tells_what_is_there(
     assert found["packages"]["torch"]
     assert set(found["hosts"]) == {"horovod", "deepspeed"}
     assert found["codec"]["encode_s"] == codec.encode_s
+    assert found["processor"]["vectors"] == processor_target.vector_extension()[0]
+    assert found["processor"]["search"] in search_methods(5)
     assert found["link"] is None
+
+
+@pytest.mark.parametrize(
+    ("triple", "features", "expected"),
+    [
+        ("x86_64-unknown-linux-gnu", {"avx", "avx2", "fma", "avx512f"}, ("AVX-512", 16)),
+        ("x86_64-unknown-linux-gnu", {"avx", "avx2", "fma"}, ("AVX2", 8)),
+        ("x86_64-unknown-linux-gnu", {"avx"}, ("AVX", 8)),
+        ("x86_64-unknown-linux-gnu", {"sse3"}, ("SSE", 4)),
+        ("aarch64-unknown-linux-gnu", {"neon"}, ("NEON", 4)),
+    ],
+)
+def test_check_names_the_processors_vectors(
+    monkeypatch: pytest.MonkeyPatch, triple: str, features: set[str], expected: tuple[str, int]
+) -> None:
+    monkeypatch.setattr(processor_target, "target", lambda: (triple, "some-processor", frozenset(features)))
+    assert processor_target.vector_extension() == expected
+    names = {"vectors": expected[0], "numbers_at_once": expected[1]}
+    line = check._processor_line({**names, "target": "some-processor", "search": "cells", "look_up": "loads"})
+    assert line.startswith(f"{expected[0]}, {expected[1]} numbers at once (some-processor): ")
+    assert line.endswith("levels are found in cells, looked up in loads")
 
 
 def test_check_tells_whether_gpus_can_code_gradients(

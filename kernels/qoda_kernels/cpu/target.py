@@ -35,3 +35,12 @@ def has_avx2() -> bool:
 def bits_in_registers() -> int:
     """Bits of a place in a table that is looked up in registers faster than anywhere else; 0 where that cannot be."""
     return 6 if has_avx512() else 5 if has_avx2() else 0
+
+
+def vector_extension() -> tuple[str, int]:
+    """Name of the widest vector instructions that kernels are compiled to, and how many float32 numbers each takes."""
+    if not is_x86():
+        return "NEON", 4  # which every arm64 processor has
+    features = target()[2]
+    widths = {"avx512f": ("AVX-512", 16), "avx2": ("AVX2", 8), "avx": ("AVX", 8)}
+    return next((found for feature, found in widths.items() if feature in features), ("SSE", 4))
