@@ -17,6 +17,7 @@ __all__ = [
     "Parcels",
     "fill_buffers",
     "gradient_slice",
+    "host_reduces",
     "overlapping_bytes",
     "parcels_of",
     "real_numel",
@@ -84,6 +85,11 @@ def gradient_slice(entry: ParameterEntry, dtype: torch.dtype) -> Slice:
             "(requires_grad=False), or keep it in another dtype"
         )
     return Slice(entry.name, 0, real_numel(entry), real, entry.codebook, entry.offset)
+
+
+def host_reduces(dtype: torch.dtype) -> bool:
+    """Whether the host's own all-reduce adds up gradients of this dtype: not bfloat16, and no complex numbers."""
+    return dtype != torch.bfloat16 and not dtype.is_complex
 
 
 def overlapping_bytes(total_bytes: float, at_most: float, scheme: str) -> float:
@@ -164,7 +170,7 @@ def parcels_of(gradients: Sequence[Gradient], registry: CodebookRegistry, size: 
     movable = sum(g.nbytes for g in exact if g.dtype in (torch.float32, torch.float16))
     saved = all_gather_bytes(movable, size) - all_reduce_bytes(movable, size)
     threshold = _WORTH_A_COLLECTIVE_BYTES if quantized else 0
-    in_message = {torch.bfloat16, *(g.dtype for g in exact if g.dtype.is_complex)}
+    in_message = {g.dtype for g in exact if not host_reduces(g.dtype)}
     if quantize and saved <= threshold:
         in_message |= {torch.float32, torch.float16}
     by_host: dict[torch.dtype, tuple[str, ...]] = {}

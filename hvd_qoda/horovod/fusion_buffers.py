@@ -147,8 +147,9 @@ class HostReduction:
             session.account(codebook, gradient.numel(), raw_bytes, raw_bytes, exact=True)
         session.meter.all_reduce(sum(gradient.nbytes for gradient in self._sent), size)
         factor = reduction.predivide_factor if reduction.averages else 1.0
-        self._handle = hvd.grouped_allreduce_async_(
-            self._sent,
+        alone = len(self._sent) == 1  # then it is started as under the stock optimizer
+        self._handle = (hvd.allreduce_async_ if alone else hvd.grouped_allreduce_async_)(
+            self._sent[0] if alone else self._sent,
             name=self._name,
             op=reduction.op,
             prescale_factor=1.0 / factor,

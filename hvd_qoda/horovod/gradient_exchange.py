@@ -12,7 +12,9 @@ random numbers depend on what it owns.
 Second phases of a reduce-scatter are not started before the optimizer steps: how many collectives a rank has started at
 a line of the user's program must not depend on time (see `hvd_qoda.horovod.transport`).
 
-With exchange="auto" all buffers take one scheme, chosen as under the stock optimizer (`hvd_qoda.scheme_choice`).
+With exchange="auto" all buffers take one scheme, chosen as under the stock optimizer (`hvd_qoda.scheme_choice`). Where
+that is "off", every gradient has a buffer of its own, which Horovod reduces as it does under the stock optimizer: what
+is not compressed costs what it costs there.
 """
 
 import logging
@@ -27,7 +29,15 @@ from horovod.common.exceptions import HorovodInternalError
 
 from hvd_qoda.errors import QodaError, UnsupportedError
 from hvd_qoda.exchange import Exchange
-from hvd_qoda.fusion import Gradient, fill_buffers, overlapping_bytes, parcels_of, split_evenly, with_groups
+from hvd_qoda.fusion import (
+    Gradient,
+    fill_buffers,
+    host_reduces,
+    overlapping_bytes,
+    parcels_of,
+    split_evenly,
+    with_groups,
+)
 from hvd_qoda.horovod.fusion_buffers import FusionBuffer, HostReduction, Message, Parcel, Reduction, SparseGather
 from hvd_qoda.horovod.transport import HorovodTransport
 from hvd_qoda.horovod.world import World
@@ -90,6 +100,7 @@ class GradientExchange:
         self._buffers: list[FusionBuffer] = []
         self._buffer_of: dict[str, FusionBuffer] = {}
         self._scheme = "off"  # of all buffers
+        self._left_to_host = False  # whether Horovod reduces all of them, in which ranks may join
         self._in_step = False
         self._out_of_date = False  # whether buffers must be made anew
         self._started = 0  # buffers started in this step
@@ -243,6 +254,8 @@ class GradientExchange:
         if world.common_scheme != self._scheme:
             world.forget_exchanges()
             self._make_buffers(world)
+        if not self._left_to_host:
+            world.transport.begin_roll_call()
         self._in_step = True
         return world
 
@@ -334,6 +347,7 @@ class GradientExchange:
             for number, names in enumerate(self._fused_names())
         ]
         self._buffer_of = {name: buffer for buffer in self._buffers for name in buffer.names}
+        self._left_to_host = all(isinstance(parcel, HostReduction) for parcel in self._parcels)
         self._out_of_date = False
         self._session.regroup_vectors(self._contents)
 
@@ -345,7 +359,9 @@ class GradientExchange:
         sizes = {n: entries[n].numel * self._hooked[n].itemsize for n in ordered if n not in alone}
         groups = self._fusion.groups
         at_most = overlapping_bytes(sum(sizes.values()), self._fusion.buffer_bytes, self._scheme)
-        if groups is None:
+        if groups is None and self._scheme == "off" and all(host_reduces(self._hooked[name]) for name in sizes):
+            buffers = [(name,) for name in sizes]  # as under the stock optimizer: Horovod itself fuses what has come
+        elif groups is None:
             buffers = fill_buffers(sizes, at_most)
         elif isinstance(groups, int):
             buffers = split_evenly(list(sizes), groups)

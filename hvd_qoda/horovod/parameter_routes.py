@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from hvd_qoda.exchange import Exchange
-from hvd_qoda.fusion import gradient_slice
+from hvd_qoda.fusion import gradient_slice, host_reduces
 from hvd_qoda.horovod.world import World
 from hvd_qoda.session import Session
 from qoda_kernels.layout import MessagePlan
@@ -63,8 +63,7 @@ class ParameterRoutes:
         entry = self._session.registry.parameters[name]
         if entry.numel == 0:
             return Route(entry, None, by_host=False)
-        # Horovod reduces every dtype that gradients have, except bfloat16 and complex ones.
-        if scheme == "off" and dtype != torch.bfloat16 and not dtype.is_complex:
+        if scheme == "off" and host_reduces(dtype):
             return Route(entry, None, by_host=True)
         plan = self._plan(name, dtype)
         if scheme == "off":

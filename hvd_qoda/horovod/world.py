@@ -27,15 +27,14 @@ class World:
     Args:
         session: whose gradients are exchanged.
         process_set: the Horovod process set; None for all ranks.
-        early_roll_call: whether a step's roll call starts with the step, and its first exchange waits for the answer;
-            else the first exchanges are held back meanwhile.
+        early_roll_call: whether the route begins a step's roll call itself, in good time, so that its first exchange
+            waits for the answer; else the first exchanges are held back meanwhile.
     """
 
     def __init__(self, session: Session, process_set: Any, early_roll_call: bool = False) -> None:
         self._session = session
         self._process_set = process_set
         config: QodaConfig = session.config
-        self._early_roll_call = early_roll_call
         self.transport = HorovodTransport(process_set, session.meter, config.timeout_s)
         if early_roll_call:
             self.transport.hold_back_nothing()
@@ -63,8 +62,6 @@ class World:
             said = session.choice.begin_step(self.transport, messages, lambda: self._measure(messages()), mixed)
             if said is not None:
                 session.note(said)
-        if self._early_roll_call:
-            self.transport.begin_roll_call()
 
     @property
     def common_scheme(self) -> str:

@@ -84,6 +84,31 @@ def test_off_gives_the_bits_of_plain_horovod(two_ranks: RankPool, overlaps: bool
     two_ranks.run(off_is_horovods_own, overlaps)
 
 
+def collectives_of_a_step_that_is_off(overlaps: bool) -> tuple[dict[str, int], int]:
+    model, compressor, optimizer = new_run(overlaps, exchange="off")
+    train(model, optimizer, range(2))
+    before = compressor.traffic
+    train(model, optimizer, [2])
+    calls = {name: count for name, count in (compressor.traffic - before).calls.items() if count}
+    return calls, len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_off_starts_what_plain_horovod_starts_and_nothing_else(two_ranks: RankPool, overlaps: bool) -> None:
+    for calls, parameters in two_ranks.run(collectives_of_a_step_that_is_off, overlaps):
+        assert calls == {"all_reduce": parameters}
+
+
+def joined_while_off() -> tuple[int, int]:
+    model, _, optimizer = new_run(True, exchange="off")
+    losses = train(model, optimizer, range(2 + hvd.rank()))
+    return len(losses), hvd.join()
+
+
+def test_ranks_may_join_while_the_overlapping_route_is_off(two_ranks: RankPool) -> None:
+    assert two_ranks.run(joined_while_off) == [(2, 1), (3, 1)]
+
+
 def off_in_bfloat16() -> list[bytes]:
     model = make_model().bfloat16()
     compressor = make_qoda(model, exchange="off")
