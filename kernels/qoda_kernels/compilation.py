@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import pickle
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from numba import njit
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 _LOCK = "qoda_kernels.lock"
 _NOT_KEPT = (
@@ -28,7 +29,8 @@ def cached_kernel(function: Callable[..., Any]) -> Any:
     """`numba.njit` for this package's kernels: without the GIL, with NumPy's divisions, cached on disk.
 
     Numba's own cache is an index of numbered files. Two processes that add different kernels to one index at the same
-    time may give both the same number; whoever looks for the one then runs the machine code of the other.
+    time may give both the same number; whoever looks for the one then runs the machine code of the other. Kernels for
+    different processors share an index too. So files are named after what is in them, and one process at a time writes.
     """
     dispatcher = njit(nogil=True, error_model="numpy")(function)
     try:
@@ -44,8 +46,28 @@ def folder_of(kernel: Any) -> Path | None:
     return None if path is None or not Path(path).is_dir() else Path(path)
 
 
+class _FilesByKey(IndexDataCacheFile):
+    """Numba's files of a function, whose numbers follow from signature, processor and closure, and are not counted.
+
+    Where a file system has no locks, an entry of the index may get lost; then the kernel is compiled once more.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep compiled code under a key."""
+        overloads = self._load_index()
+        number = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
+        overloads[key] = name = self._data_name(number)
+        self._save_index(overloads)
+        self._save_data(name, data)
+
+
 class _SharedCache(FunctionCache):
     """Numba's cache of a function; one process at a time writes, and nobody reads what is half written."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        locator = self._impl.locator
+        self._cache_file = _FilesByKey(locator.get_cache_path(), self._impl.filename_base, locator.get_source_stamp())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

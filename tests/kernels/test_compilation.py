@@ -156,8 +156,8 @@ def test_other_processes_neither_write_nor_read_kernels_that_are_being_written(
                 return False
         return True
 
-    def watched(name: str) -> Callable[..., Any]:
-        method = getattr(IndexDataCacheFile, name)
+    def watched(kind: type, name: str) -> Callable[..., Any]:
+        method = getattr(kind, name)
 
         def call(file: Any, *args: object) -> Any:
             folder = file._cache_path
@@ -166,8 +166,8 @@ def test_other_processes_neither_write_nor_read_kernels_that_are_being_written(
 
         return call
 
-    for name in ("save", "load"):
-        monkeypatch.setattr(IndexDataCacheFile, name, watched(name))
+    for kind, name in ((compilation._FilesByKey, "save"), (IndexDataCacheFile, "load")):
+        monkeypatch.setattr(kind, name, watched(kind, name))
     for _ in range(2):
         double = imported(path, "kernel").double
         double.compile(types.int64(types.int64))
@@ -245,3 +245,20 @@ def test_damaged_files_of_compiled_kernels_are_replaced(tmp_path: Path) -> None:
     assert 1 <= len(lines) <= 2
     assert all("cannot be read" in line for line in lines)
     assert encoded_with("", tmp_path) == []
+
+
+def test_without_locks_nobody_gets_code_that_was_compiled_for_another_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find an empty index, and write at the same time: one entry is lost, neither is wrong."""
+    files = {name: compilation._FilesByKey(str(tmp_path), "kernel", "stamp") for name in ("znver3", "generic")}
+    keys = {name: ((types.int64,), ("x86_64-unknown-linux-gnu", name, ""), ("code", "closure")) for name in files}
+    for name, file in files.items():
+        monkeypatch.setattr(file, "_load_index", dict)
+        file.save(keys[name], f"code for {name}")
+    monkeypatch.undo()
+    assert [file.load(keys[name]) for name, file in files.items()] == [None, "code for generic"]
+    files["znver3"].save(keys["znver3"], "code for znver3")
+    assert [file.load(keys[name]) for name, file in files.items()] == ["code for znver3", "code for generic"]
+    files["znver3"].save(keys["znver3"], "code for znver3")  # the same file once more
+    assert len(list(tmp_path.glob("*.nbc"))) == 2
