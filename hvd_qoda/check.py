@@ -27,7 +27,7 @@ from hvd_qoda.measurement import fitted_codebook, measure_codec, measure_link
 from hvd_qoda.transport import LocalTransport, Transport
 from qoda_kernels import __version__
 from qoda_kernels.codebook import Codebook
-from qoda_kernels.cpu.target import target, vector_extension
+from qoda_kernels.cpu.target import left_out, target, vector_extension
 from qoda_kernels.fastest_method import look_up_way, search_method
 from qoda_kernels.registry import COMPRESSIBLE_DTYPES
 from qoda_kernels.wire import WIRE_VERSION
@@ -47,6 +47,7 @@ _EXPECTED = {
     "SSE": "fitted levels at a fraction of full speed",
     "NEON": "the same bits, at a speed that is only known from the codec's line below",
 }
+_SPEED = {"avx512f": "AVX-512", "avx2": "AVX2", "fma": "fused multiply-add"}
 _IMPORT_TIMEOUT_S = 120.0
 _CODEC_MEASUREMENTS = 5  # the middle one counts: a machine that does other work makes single ones several times as slow
 
@@ -137,6 +138,8 @@ def show(found: dict[str, Any], console: Console) -> None:
         for warning in host["warnings"]:
             table.add_row(f"{name} warns", warning)
     table.add_row("processor", _processor_line(found["processor"]))
+    if found["processor"]["warning"]:
+        table.add_row("processor warns", found["processor"]["warning"])
     table.add_row("GPUs", ", ".join(found["gpus"]) or "none that torch can use")
     for index, problem in enumerate(found["coding_on_gpus"]):
         said = "passed the self check: same bits as the CPU" if problem is None else f"no, the CPU does it: {problem}"
@@ -175,7 +178,23 @@ def _processor(bits: int) -> dict[str, Any]:
         "numbers_at_once": numbers,
         "search": search_method(bits),
         "look_up": look_up_way(bits),
+        "warning": _warning_of_numba(),
     }
+
+
+def _warning_of_numba() -> str | None:
+    """What Numba's variables do to the kernels that a user might not expect."""
+    chosen = [variable for variable in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES") if variable in os.environ]
+    unused = [name for feature, name in _SPEED.items() if feature in left_out()]
+    if unused:
+        reason = " and ".join(chosen) or "Numba's setting NUMBA_ENABLE_AVX"
+        return f"{', '.join(unused)} of this processor not used because of {reason}: slower, the same bits"
+    if chosen == ["NUMBA_CPU_NAME"]:
+        return (
+            "NUMBA_CPU_NAME is set without NUMBA_CPU_FEATURES: Numba takes the features of this processor, whatever "
+            "the name"
+        )
+    return None
 
 
 def _processor_line(processor: dict[str, Any]) -> str:

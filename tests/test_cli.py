@@ -139,6 +139,31 @@ def test_check_names_the_processors_vectors(
     assert line.endswith("levels are found in cells, looked up in loads")
 
 
+AVX2 = {"avx2", "fma"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "left_out", "warning"),
+    [
+        ({}, set(), None),
+        ({}, {"avx512f"}, "AVX-512 of this processor not used because of Numba's setting NUMBA_ENABLE_AVX"),
+        ({"NUMBA_CPU_NAME": "haswell"}, set(), "whatever the name"),
+        ({"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}, set(), None),
+        ({"NUMBA_CPU_FEATURES": ""}, AVX2, "AVX2, fused multiply-add of this processor not used because of NUMBA_CPU_"),
+    ],
+)
+def test_check_tells_what_numbas_variables_leave_out(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], left_out: set[str], warning: str | None
+) -> None:
+    for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(check, "left_out", lambda: frozenset(left_out))
+    found = check._warning_of_numba()
+    assert found is None if warning is None else warning in str(found)
+
+
 def test_check_tells_whether_gpus_can_code_gradients(
     codec: CodecSpeed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

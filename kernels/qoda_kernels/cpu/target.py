@@ -2,6 +2,7 @@
 
 from functools import cache
 
+from llvmlite import binding as llvm
 from numba.core.registry import cpu_target
 
 
@@ -10,6 +11,11 @@ def target() -> tuple[str, str, frozenset[str]]:
     """Triple, name and features ("avx2", "fma", ...) of the processor, as LLVM calls them."""
     triple, name, features = cpu_target.target_context.codegen().magic_tuple()
     return triple, name, frozenset(feature[1:] for feature in features.split(",") if feature.startswith("+"))
+
+
+def left_out() -> frozenset[str]:
+    """Features that this machine's processor has and the one that Numba compiles for has not."""
+    return frozenset(name for name, is_here in llvm.get_host_cpu_features().items() if is_here) - target()[2]
 
 
 def is_x86() -> bool:
