@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.bench.message_digests import CODEBOOKS, power_codebook
-from launch.bench.processors import NATIVE, PROCESSORS, processor_here, restart_for
+from launch.bench.processors import NATIVE, PROCESSORS, processor_and_target, restart_for
 from launch.bench.rivals import all_rivals
 from launch.train.options import HelpFormatter, not_negative, positive
 from launch.train.summary import command, write_json
@@ -225,14 +225,13 @@ def table_of(size: str, timings: dict[str, Timing]) -> Table:
     return table
 
 
-def machine(target: str) -> dict[str, float | str | None]:
+def machine() -> dict[str, float | str | None]:
     """What else ran when the measurement began, on what, for what the kernels were compiled, and the command."""
     return {
         "command": command(),
         "processors": float(os.cpu_count() or 1),
         "load_average_of_the_minute_before": os.getloadavg()[0],
-        "processor": processor_here(),
-        "target": target,
+        **processor_and_target(),
         "torch": torch.__version__,
     }
 
@@ -242,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     restart_for(options.target)
     torch.set_num_threads(1)
     console = Console()
-    results: dict[str, Mapping[str, float | str | None]] = {"machine": machine(options.target)}
+    results: dict[str, Mapping[str, float | str | None]] = {"machine": machine()}
     for size in options.sizes:
         gradient = torch.randn(SIZES[size], generator=torch.Generator().manual_seed(options.seed))
         timings = measure(gradient, options.rounds * ROUNDS[size], IN_A_ROW[size])

@@ -36,6 +36,7 @@ from rich.table import Table
 from launch.bench.exchange import numbers
 from launch.bench.exchange_methods import AUTO, FP16, FP32, OURS
 from launch.bench.exchange_ranks import ROW
+from launch.bench.processors import processor_and_target
 from launch.bench.replay import NETWORKS
 from launch.sandbox import Job, run_job
 from launch.train.options import HelpFormatter, not_negative, positive
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=not_negative, default=0, help="of the networks and the rounding")
     options = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "launch/bench/end_to_end.py", *given])
+    made_by = {"command": shlex.join(["python", "launch/bench/end_to_end.py", *given]), **processor_and_target()}
     rows: list[dict[str, Any]] = []
     if options.json is not None and options.keep and options.json.exists():
         rows = json.loads(options.json.read_text())
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for hosts in options.hosts:
                 for mbit in options.mbit:
                     new = measure(options, Network(int(hosts), mbit, options.delay_ms), trained)
-                    rows = merged(rows, [{**row, "command": command} for row in new])
+                    rows = merged(rows, [{**row, **made_by} for row in new])
                     if options.json is not None:
                         options.json.parent.mkdir(parents=True, exist_ok=True)
                         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from launch.bench.processors import processor_and_target
 from launch.train.options import HelpFormatter, not_negative, positive
 from launch.train.summary import command, write_json
 from qoda_kernels import bit_streams, entropy
@@ -198,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(table)
             document[f"{distribution}, {name}"] = asdict(found)
     if options.json is not None:
-        write_json(options.json, {"command": command(), "cases": document})
+        write_json(options.json, {"command": command(), **processor_and_target(), "cases": document})
     return 0
 
 

@@ -33,6 +33,7 @@ from rich.table import Table
 from launch.bench.exchange_methods import HOST_METHODS, METHODS, POWERSGD, Setting
 from launch.bench.exchange_plot import draw_speedups
 from launch.bench.exchange_ranks import ROW
+from launch.bench.processors import processor_and_target
 from launch.sandbox import Job, run_job
 from launch.train.options import HelpFormatter, not_negative, positive
 from launch.virtual_hosts import Network, SandboxError
@@ -165,7 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="keep the file's other rows, so that a table can be pieced")
     parser.add_argument("--seed", type=not_negative, default=0, help="of the gradients and the rounding")
     options = parser.parse_args(arguments)
-    command = shlex.join(["python", "launch/bench/exchange.py", *(sys.argv[1:] if arguments is None else arguments)])
+    given = sys.argv[1:] if arguments is None else arguments
+    made_by = {"command": shlex.join(["python", "launch/bench/exchange.py", *given]), **processor_and_target()}
     if options.methods is None:
         hierarchy = options.ranks_per_host > 1
         options.methods = [name for name in METHODS if hierarchy or name != "qoda-hierarchical"]
@@ -181,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for delay_ms in options.delay_ms:
                     for mbit in options.mbit:
                         network = Network(int(hosts), mbit, delay_ms)
-                        new = [{**row, "command": command} for row in measure(options, elements, network)]
+                        new = [{**row, **made_by} for row in measure(options, elements, network)]
                         rows = merged(rows, new)
                         show(new)
                         if options.json is not None:

@@ -25,6 +25,7 @@ import torch
 from hvd_qoda.config import QodaConfig, UpdateLevels
 from hvd_qoda.level_updates import LevelUpdates
 from hvd_qoda.transport import LocalTransport
+from launch.bench.processors import processor_and_target
 from launch.train.options import HelpFormatter, positive
 from launch.train.summary import write_json
 from launch.train.text import VOCABULARY
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.json is not None:
         settings = {"parameters": numel, "step_s": step_s, "threads": options.threads, "batch_size": options.batch_size}
-        write_json(options.json, {"settings": settings, "rows": rows})
+        write_json(options.json, {"settings": {**settings, **processor_and_target()}, "rows": rows})
     return 0
 
 

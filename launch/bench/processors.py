@@ -9,6 +9,8 @@ from pathlib import Path
 
 from llvmlite import binding as llvm
 
+from qoda_kernels.cpu.target import target
+
 NATIVE = "native"
 
 
@@ -39,45 +41,50 @@ PROCESSORS: Mapping[str, Processor] = {
 }
 
 
-def environment_of(target: str) -> dict[str, str]:
+def environment_of(name: str) -> dict[str, str]:
     """The variables that make Numba compile for a target of PROCESSORS; none for NATIVE.
 
-    Both are needed: without features Numba hands none on, and the kernels take the processor for one that has none.
+    Both are needed: without features Numba takes those of this machine, whatever the name, and the kernels go by them.
     """
-    if target == NATIVE:
+    if name == NATIVE:
         return {}
-    processor = PROCESSORS[target]
+    processor = PROCESSORS[name]
     return {
         "NUMBA_CPU_NAME": processor.name,
         "NUMBA_CPU_FEATURES": ",".join(f"+{feature}" for feature in processor.features),
     }
 
 
-def obstacle(target: str) -> str | None:
+def obstacle(name: str) -> str | None:
     """Why code for a target cannot run here, or None if it can."""
-    if target == NATIVE:
+    if name == NATIVE:
         return None
     if platform.machine() != "x86_64":
         return f"this is {platform.machine()}"
     here = llvm.get_host_cpu_features()
-    missing = [feature for feature in PROCESSORS[target].features if not here.get(feature)]
+    missing = [feature for feature in PROCESSORS[name].features if not here.get(feature)]
     return f"this processor lacks {', '.join(missing)}" if missing else None
 
 
-def restart_for(target: str) -> None:
+def restart_for(name: str) -> None:
     """Start this program once more, compiling for a target; returns in a process that does so already.
 
     Raises:
         SystemExit: where code for the target cannot run here.
     """
-    wanted = environment_of(target)
-    if all(os.environ.get(name) == value for name, value in wanted.items()):
+    wanted = environment_of(name)
+    if all(os.environ.get(variable) == value for variable, value in wanted.items()):
         return
-    reason = obstacle(target)
+    reason = obstacle(name)
     if reason is not None:
-        raise SystemExit(f"--target {target}: {reason}")
+        raise SystemExit(f"--target {name}: {reason}")
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
+
+
+def processor_and_target() -> dict[str, str]:
+    """For files of results: this machine's processor, and the one that the CPU kernels are compiled for here."""
+    return {"processor": processor_here(), "target": target()[1]}
 
 
 def processor_here() -> str:

@@ -21,6 +21,7 @@ if __package__ in (None, ""):  # run as a file: make the project's folder import
 
 from rich.console import Console
 
+from launch.bench.processors import processor_and_target
 from launch.train.options import HelpFormatter, not_negative, positive
 from launch.train.summary import command, write_json
 
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, seconds in results.items():
         console.print(name, {step: round(value, 3) for step, value in seconds.items()})
     if options.json is not None:
-        write_json(options.json, {"command": command(), **results})
+        write_json(options.json, {"command": command(), **processor_and_target(), **results})
 
 
 if __name__ == "__main__":
