@@ -11,6 +11,7 @@ from qoda_kernels import codebook, dither, layout, reference, rotation, wire
 # Float32 as bits.
 MAGNITUDE, SIGN = np.uint32(0x7FFFFFFF), np.uint32(0x80000000)
 INFINITY, NAN, LARGEST = np.uint32(reference.INFINITY_BITS), np.uint32(reference.NAN_BITS), np.uint32(0x7F7FFFFF)
+LARGEST_OF = {name: np.uint32(number.view(np.uint32)) for name, number in reference.LARGEST.items()}  # of each dtype
 HALF_NAN = np.uint32(0x7E00)  # of float16
 LOW_HALF, HIGH_HALF = np.uint32(0x0000FFFF), np.uint32(0xFFFF0000)
 

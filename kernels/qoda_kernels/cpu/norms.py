@@ -15,6 +15,7 @@ from qoda_kernels.kernel_constants import (
     INFINITY,
     L2_LANES,
     LARGEST,
+    LARGEST_OF,
     LOW_HALF,
     MAGNITUDE,
     NAN,
@@ -25,14 +26,10 @@ from qoda_kernels.kernel_constants import (
     SIGN,
     TINY,
 )
-from qoda_kernels.reference import LARGEST as LARGEST_OF
 
 # Float32 bits of the largest finite number of each dtype, and of the largest result of a mean over rotated buckets.
 _ONE = np.uint32(127 << 23)
-LIMITS = {
-    kind: np.uint32(LARGEST_OF[name].view(np.uint32))
-    for kind, name in ((FLOAT32, "float32"), (FLOAT16, "float16"), (BFLOAT16, "bfloat16"))
-}
+LIMITS = {kind: LARGEST_OF[name] for kind, name in ((FLOAT32, "float32"), (FLOAT16, "float16"), (BFLOAT16, "bfloat16"))}
 ROTATED_LIMITS = {**LIMITS, FLOAT32: LIMITS[BFLOAT16]}
 
 
