@@ -39,7 +39,7 @@ _ROUNDING_BITS, _WEYL = int(kernel_constants.ROUNDING_BITS), int(kernel_constant
 _MULTIPLIERS = int(kernel_constants.FIRST_MULTIPLIER), int(kernel_constants.SECOND_MULTIPLIER)
 _CACHE_LINE = 64
 _SUMMED_LANES = 16
-_NEAR = 128  # coordinates of a bucket that are transformed at a time: 8 vectors
+_NEAR_VECTORS = 8  # of a bucket that are transformed at a time
 _WIDTH = 16  # lanes that are worked on at a time: all 8 rows then fit into the registers of AVX-512
 
 Generator = Callable[[Any, Any, Any, Any], Any]
@@ -143,19 +143,25 @@ def add_values(context: Any, address: Any, groups: Any, lanes: Any) -> tuple[Sig
     return types.void(types.uint64, types.int64, lanes), generate
 
 
+def _rotated_width() -> int:
+    """Coordinates of a bucket in one vector while it is transformed: 8 vectors fit into the registers."""
+    return _WIDTH if has_avx512() else _WIDTH // 2
+
+
 class _Signs:
-    """Signs of a whole bucket's coordinates (`rotation.py`), 16 neighbours at a time."""
+    """Signs of a whole bucket's coordinates (`rotation.py`), one vector of neighbours at a time."""
 
     def __init__(self, builder: Any, weyl: Any, first: Any, second: Any) -> None:
-        hashed = _Hash(builder, first, second, _WIDTH)
-        numbers = Words.filled(builder, weyl, _WIDTH)
+        width = _rotated_width()
+        hashed = _Hash(builder, first, second, width)
+        numbers = Words.filled(builder, weyl, width)
         self._words = [
-            hashed(numbers + Words.multiples(builder, _WEYL, _WIDTH, begin)) for begin in range(0, SIGN_LANES, _WIDTH)
+            hashed(numbers + Words.multiples(builder, _WEYL, width, begin)) for begin in range(0, SIGN_LANES, width)
         ]
 
     def applied(self, values: Floats, place: int) -> Floats:
-        """Values that begin at a place, a multiple of 16, of the bucket."""
-        word = self._words[place % SIGN_LANES // _WIDTH]
+        """Values that begin at a place of the bucket, a multiple of their number."""
+        word = self._words[place % SIGN_LANES // values.count]
         return (values.as_words() ^ ((word << (31 - place // SIGN_LANES)) & 0x80000000)).as_floats()
 
 
@@ -172,22 +178,26 @@ def _butterflies(values: list[Floats]) -> list[Floats]:
 
 
 def _far_transforms(builder: Any, load: Callable[[int], Floats], target: Any, length: int) -> None:
-    """The first steps of a bucket's transform, of coordinates that are _NEAR and more apart."""
-    for begin in range(0, _NEAR, _WIDTH):
-        places = list(range(begin, length, _NEAR))
+    """The first steps of a bucket's transform, of coordinates that are 8 vectors and more apart."""
+    width = _rotated_width()
+    near = _NEAR_VECTORS * width
+    for begin in range(0, near, width):
+        places = list(range(begin, length, near))
         for place, value in zip(places, _butterflies([load(place) for place in places]), strict=True):
             value.store(_moved(builder, target, 4 * place))
 
 
 def _near_transforms(builder: Any, address: Any, length: int, finish: Callable[[Floats, int], Floats]) -> None:
     """The other steps, in place."""
-    for first in range(0, length, _NEAR):
-        places = [_moved(builder, address, 4 * (first + begin)) for begin in range(0, _NEAR, _WIDTH)]
-        values = _butterflies([Floats.load(builder, place, _WIDTH) for place in places])
+    width = _rotated_width()
+    near = _NEAR_VECTORS * width
+    for first in range(0, length, near):
+        places = [_moved(builder, address, 4 * (first + begin)) for begin in range(0, near, width)]
+        values = _butterflies([Floats.load(builder, place, width) for place in places])
         for number, (place, value) in enumerate(zip(places, values, strict=True)):
-            for distance in (8, 4, 2, 1):
+            for distance in (8, 4, 2, 1) if width == 16 else (4, 2, 1):
                 value = value.with_neighbours(distance)
-            finish(value, first + number * _WIDTH).store(place)
+            finish(value, first + number * width).store(place)
 
 
 @intrinsic(prefer_literal=True)
@@ -211,10 +221,11 @@ def rotate(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target, up, weyl, first, second, factor = arguments[:7]
         signs = _Signs(builder, weyl, first, second)
-        ups, factors = Floats.filled(builder, up, _WIDTH), Floats.filled(builder, factor, _WIDTH)
+        width = _rotated_width()
+        ups, factors = Floats.filled(builder, up, width), Floats.filled(builder, factor, width)
 
         def load(place: int) -> Floats:
-            return signs.applied(Floats.load(builder, _moved(builder, source, 4 * place), _WIDTH) * ups, place)
+            return signs.applied(Floats.load(builder, _moved(builder, source, 4 * place), width) * ups, place)
 
         _far_transforms(builder, load, target, size)
         _near_transforms(builder, target, size, lambda value, _: value * factors)
@@ -237,10 +248,11 @@ def rotate_back(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, scale, weyl, first, second, factor = arguments[:6]
         signs = _Signs(builder, weyl, first, second)
-        scales, factors = Floats.filled(builder, scale, _WIDTH), Floats.filled(builder, factor, _WIDTH)
+        width = _rotated_width()
+        scales, factors = Floats.filled(builder, scale, width), Floats.filled(builder, factor, width)
 
         def load(place: int) -> Floats:
-            return Floats.load(builder, _moved(builder, address, 4 * place), _WIDTH)
+            return Floats.load(builder, _moved(builder, address, 4 * place), width)
 
         def finished(value: Floats, place: int) -> Floats:
             return (signs.applied(value * factors, place) * scales).with_one_nan()
