@@ -43,7 +43,7 @@ def save(
     save_latest: bool = True,
     exclude_frozen_parameters: bool = False,
 ) -> Any:
-    """`engine.save_checkpoint`, with the plug-in's state.
+    """`engine.save_checkpoint`, with the plug-in's state; the latest checkpoint is always a complete one.
 
     Raises:
         ConfigError: if the caller's client state has a key "qoda".
@@ -57,14 +57,20 @@ def save(
         raise ConfigError(f"client_state has a key {KEY!r}, which is the plug-in's: call it something else")
     tag = str(f"global_step{engine.global_steps}" if tag is None else tag)
     client_state[KEY] = state.reducer.state_dict()
-    result = original(engine, save_dir, tag=tag, client_state=client_state, **options)
     private = state.reducer.private_state()
+    Path(save_dir, tag).mkdir(parents=True, exist_ok=True)
     if private is not None:
         torch.save(private, _private_file(save_dir, tag, engine))
     if engine.global_rank == 0:
         names = [_private_file(save_dir, tag, engine, rank).name for rank in range(state.reducer.transport.size)]
         optimizer = type(engine.basic_optimizer).__name__
         note.write(Path(save_dir, tag), state.reducer.config, optimizer, names if private is not None else [])
+    # DeepSpeed's rank 0 names a checkpoint as the latest when its own files are written, not everybody's.
+    names_latest = save_latest and not engine.checkpoint_engine.is_decoupled()
+    options["save_latest"] = save_latest and not names_latest
+    result = original(engine, save_dir, tag=tag, client_state=client_state, **options)  # ends with a barrier
+    if names_latest and engine.global_rank == 0:
+        _replace(Path(save_dir, "latest"), tag)
     deepspeed.comm.barrier()
     return result
 
@@ -120,6 +126,13 @@ def load(
         else:
             _restore(engine, state, saved, Path(str(path)).parent)
     return path, client_state
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is the old or the new one, whatever happens meanwhile."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _restore(engine: Any, state: EngineState, saved: dict[str, Any], folder: Path) -> None:
