@@ -152,14 +152,17 @@ def measure_codec(
     slowest = CodecSpeed(*(float(value) for value in all_ranks.max(axis=0)))
     if transport.size == 1:
         return slowest
-    return replace(slowest, overlap=_measure_overlap(codebook, transport, threads, slowest.encode_s, name))
+    return replace(slowest, overlap=_measure_overlap(codebook, transport, threads, slowest.encode_s, name, elements))
 
 
 def _measure_overlap(
-    codebook: Codebook, transport: Transport, threads: WorkerThreads | None, encode_s: float, name: str
+    codebook: Codebook, transport: Transport, threads: WorkerThreads | None, encode_s: float, name: str, elements: int
 ) -> float:
-    """How much of the shorter of encoding and an all-gather costs nothing where both go on at once, 0 to 1."""
-    elements = _CODEC_ELEMENTS[-1]
+    """How much of the shorter of encoding and an all-gather costs nothing where both go on at once, 0 to 1.
+
+    No more is coded and sent at once than the gradients of a step are, or little: a small model's probe is small.
+    """
+    elements = min(max(elements, _CODEC_ELEMENTS[0]), _CODEC_ELEMENTS[-1])
     codec, gradient, context = _codec_for(codebook, elements, threads)
     message = codec.encode([gradient], context)
 
@@ -168,9 +171,9 @@ def _measure_overlap(
         all_gather_array(transport, np.zeros(1), f"{name}.begin")
         begin = time.perf_counter()
         if sent_bytes:
-            sizes = [sent_bytes // (transport.size - 1)] * transport.size
-            sent = torch.zeros(sizes[0], dtype=torch.uint8, device="cpu")
-            handle = transport.start_all_gather(sent, sizes, f"{name}.beside")
+            share = sent_bytes // (transport.size - 1)
+            sent = torch.zeros(share, dtype=torch.uint8, device="cpu")
+            handle = transport.start_all_gather(sent, [share] * transport.size, f"{name}.beside")
         for _ in range(encodings):
             codec.encode([gradient], context, message)
         if sent_bytes:
@@ -181,10 +184,11 @@ def _measure_overlap(
         own = [timed(sent_bytes, encodings) for _ in range(_ROUNDS)]
         return float(np.median(all_gather_array(transport, np.array(own), f"{name}.beside_times").mean(axis=0)))
 
-    sent_bytes = _BESIDE_BYTES[0]
+    sizes = sorted({min(size, 4 * elements) for size in _BESIDE_BYTES})
+    sent_bytes = sizes[0]
     sending = agreed(sent_bytes, 0)
-    if sending < _BESIDE_S:
-        sent_bytes = _BESIDE_BYTES[1]
+    if sending < _BESIDE_S and len(sizes) > 1:
+        sent_bytes = sizes[1]
         sending = agreed(sent_bytes, 0)
     encodings = max(1, round(sending / (elements * encode_s)))
     coding, both = agreed(0, encodings), agreed(sent_bytes, encodings)

@@ -190,3 +190,11 @@ def test_codec_speed_is_positive_and_equal_on_all_ranks() -> None:
     assert 1e-11 < one.encode_s < 1e-7
     assert 1e-11 < one.decode_s < 1e-7
     assert min(one.store_s, one.call_s, one.pass_s) >= 0
+
+
+def test_what_is_sent_beside_coding_is_no_more_than_a_step_s_gradients() -> None:
+    """A model of 50 kB needs no probe of 54 MB."""
+    elements = 12_500
+    group = InMemoryGroup(2)
+    group.run(lambda transport: measure_codec(Codebook.uniform(5), transport, elements=elements))
+    assert group.transports[0].meter.traffic.sent_bytes < 20 * 4 * elements

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import logging
 from typing import Any
 
 import horovod.torch as hvd
@@ -11,6 +12,7 @@ import torch
 
 from hvd_qoda.compression import Compression
 from hvd_qoda.errors import ConfigError, QodaError, RankMismatchError, RegistryError
+from hvd_qoda.horovod.elastic import CompressorStateHandler
 from hvd_qoda.telemetry import Telemetry
 from tests.horovod.training import ListSink, bits_of, loss_of, make_model, make_optimizer, make_qoda, train
 from tests.launcher import RankPool
@@ -192,6 +194,37 @@ def elastic() -> list[bytes]:
 def test_elastic_state_saves_restores_and_synchronizes_the_compressor(two_ranks: RankPool) -> None:
     results = two_ranks.run(elastic)
     assert results[0] == results[1]
+
+
+def elastic_residuals() -> tuple[int, list[str]]:
+    """A rank that stays keeps its residuals, and says what becomes of the rest when ranks have changed."""
+    model, compressor, optimizer = new_run("allgather", error_feedback=True)
+    state = hvd.elastic.TorchState(model=model, optimizer=optimizer, compression=compressor, batch=0)
+    state.sync()
+    train(model, optimizer, range(2))
+    state.save()
+    before = compressor.session.error_feedback.state_dict()["residuals"]
+    handler = next(h for h in state._handlers.values() if isinstance(h, CompressorStateHandler))
+    handler._saved["rank_private"]["size"] = 3  # as if a third rank had been there when it was saved
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hvd_qoda.horovod.elastic").addHandler(listener)
+    state.sync()
+    state.sync()  # nothing has changed any more, and nothing is said
+    after = compressor.session.error_feedback.state_dict()["residuals"]
+    assert before
+    assert [(e["parameter"], e["start"]) for e in after] == [(e["parameter"], e["start"]) for e in before]
+    assert all(torch.equal(old["values"], new["values"]) for old, new in zip(before, after, strict=True))
+    train(model, optimizer, range(2, 4))
+    return len(before), said
+
+
+def test_ranks_that_stay_keep_their_residuals(two_ranks: RankPool) -> None:
+    for rank, (slices, said) in enumerate(two_ranks.run(elastic_residuals)):
+        assert len(said) == 1
+        assert f"rank {rank} of 3 is rank {rank} of 2 now" in said[0]
+        assert f"({slices} slices)" in said[0]
 
 
 def metered_steps() -> None:
