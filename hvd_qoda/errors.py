@@ -24,6 +24,10 @@ class RankMismatchError(QodaError, RuntimeError):
     """Ranks that disagree on configuration, model, plan, version or step; the message names the difference."""
 
 
+class RankLostError(QodaError, RuntimeError):
+    """A rank whose connection is gone: it has ended or cannot be reached, or it takes other steps than this one."""
+
+
 class UnsupportedError(QodaError, RuntimeError):
     """A feature of the host that compressed gradients cannot serve; the message says what to use instead."""
 

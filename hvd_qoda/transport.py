@@ -21,6 +21,7 @@ __all__ = [
     "Transport",
     "all_gather_array",
     "all_gather_bytes",
+    "late",
     "wait_until",
 ]
 
@@ -47,6 +48,7 @@ class Handle(Protocol):
 
         Raises:
             ExchangeTimeoutError: if a peer did not take part before the transport's deadline.
+            RankLostError: if a peer's connection is gone.
             RankMismatchError: if a peer sent another number of bytes than expected.
             UnsupportedError: if a peer left by the host's `join()`.
         """
@@ -166,13 +168,23 @@ def wait_until(ready: Callable[[], bool], timeout_s: float, describe: Callable[[
     pause = _FIRST_PAUSE_S
     while not ready():
         if time.monotonic() > deadline:
-            raise ExchangeTimeoutError(
-                f"{describe()} did not finish within {timeout_s:g} s. Check that every rank is alive and takes the "
-                "same steps (the same number of batches, the same parameters with gradients); if a rank may work for "
-                "longer between two steps, raise timeout_s."
-            )
+            raise late(describe(), timeout_s)
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def late(what: str, timeout_s: float) -> ExchangeTimeoutError:
+    """The error for ranks that have not answered in time.
+
+    Args:
+        what: was waited for, and where.
+        timeout_s: seconds after which this rank has given up.
+    """
+    return ExchangeTimeoutError(
+        f"{what} did not finish within {timeout_s:g} s. Check that every rank is alive and takes the same steps (the "
+        "same number of batches, the same parameters with gradients); if a rank may work for longer between two steps, "
+        "raise timeout_s."
+    )
 
 
 def all_gather_bytes(transport: Transport, message: bytes, receive_bytes: Sequence[int], name: str) -> list[bytes]:

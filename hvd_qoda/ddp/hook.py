@@ -53,8 +53,8 @@ def comm_hook(
 
     Returns:
         Future of the bucket's buffer, which then holds the mean, the same bits on every rank. It raises WireError for a
-        damaged message and ExchangeTimeoutError if a rank did not take part in time; `backward()` passes them on as
-        RuntimeError, with these names and their messages in its text.
+        damaged message, RankLostError if a rank has ended and ExchangeTimeoutError if one did not take part in time;
+        `backward()` passes them on as RuntimeError, with these names and their messages in its text.
 
     Raises:
         RankMismatchError: in the first step, on every rank, if ranks do not agree on model, configuration or version.
@@ -284,6 +284,8 @@ class QodaState:
         if session.begin_step(world.transport):
             world.forget_exchanges()  # code widths may have changed, and with them the layout of messages
         world.know_hosts()
+        if world.transport.size > 1:
+            world.begin_pass()
         self._pass = Step([Filling(names, {}) for names in self._buffers()])
 
     def _take(self, session: Session, world: World, step: Step, bucket: Arrived, last: bool) -> None:

@@ -97,6 +97,11 @@ class OrderedExchanges:
         self._first_phase.clear()
         self._last_phase.clear()
 
+    def forget(self) -> None:
+        """Forget all rounds, those that have started too, without waiting: after a failure nobody answers."""
+        for rounds in (self._waiting, self._first_phase, self._last_phase):
+            rounds.clear()
+
     def _leave_first_phase(self) -> bool:
         left = False
         while self._first_phase and self._first_phase[0].exchange.advance():

@@ -1,5 +1,6 @@
 """What the hook holds for the ranks that it runs among: the transport, the exchanges, and the thread."""
 
+import datetime
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,13 @@ from hvd_qoda.ddp.all_reduce import AllReduceExchange
 from hvd_qoda.ddp.fusion import plan_of
 from hvd_qoda.ddp.ordered import OrderedExchanges
 from hvd_qoda.ddp.worker import ExchangeThread
-from hvd_qoda.errors import QodaError
+from hvd_qoda.errors import QodaError, RankLostError
 from hvd_qoda.exchange import Exchange
 from hvd_qoda.hosts import Hosts, gather_hosts
 from hvd_qoda.schemes import make_exchange
 from hvd_qoda.session import Session
 from hvd_qoda.torch_distributed import TorchTransport
+from hvd_qoda.torch_distributed.lasting import Lasting
 from qoda_kernels.codebook import Codebook
 from qoda_kernels.layout import MessagePlan
 from qoda_kernels.registry import CodebookRegistry
@@ -75,14 +77,13 @@ class World:
     def __init__(self, process_group: dist.ProcessGroup | None, session: Session) -> None:
         scheme = session.config.exchange
         ranks = TorchTransport(process_group).ranks
-        gathers = dist.new_group(list(ranks), backend=_backend(process_group), use_local_synchronization=True)
+        timeout = datetime.timedelta(seconds=session.config.timeout_s)
+        gathers = _new_group(process_group, ranks, timeout)
         # Two NCCL communicators may block each other when their kernels start in another order on every rank.
         two_groups = "nccl" not in dist.get_backend_config(gathers)
-        all_to_alls = (
-            dist.new_group(list(ranks), backend=_backend(process_group), use_local_synchronization=True)
-            if two_groups
-            else None
-        )
+        all_to_alls = _new_group(process_group, ranks, timeout) if two_groups else None
+        # DDP's group, because DDP may have collectives of its own under way when backward is broken off.
+        self._in_pass = Lasting(process_group or dist.group.WORLD)
         self._session = session
         self._timeout_s = session.config.timeout_s
         self.transport = TorchTransport(gathers, all_to_alls, session.meter, self._timeout_s)
@@ -132,8 +133,13 @@ class World:
         )
         return AllReduceExchange(exact, self.transport, name)
 
+    def begin_pass(self) -> None:
+        """A backward pass begins: nobody waits for DDP's collectives if it is broken off and the program ends."""
+        self._in_pass.begin()
+
     def end_step(self) -> None:
         """Forget exchanges that have not been asked for in this step."""
+        self._in_pass.end()
         self._made = {key: exchange for key, exchange in self._made.items() if key in self._used}
         self._used = set()
 
@@ -146,8 +152,10 @@ class World:
         done = threading.Event()
 
         def drop() -> None:
-            self.exchanges.drop()
-            done.set()
+            try:
+                self.exchanges.drop()
+            finally:
+                done.set()
 
         self.thread.submit(drop)
         done.wait(self._timeout_s)
@@ -156,6 +164,23 @@ class World:
 
 def _fail(future: torch.futures.Future[torch.Tensor], error: Exception) -> None:
     future.set_exception(error)  # type: ignore[arg-type]  # torch gives the error the result's type
+
+
+def _new_group(
+    process_group: dist.ProcessGroup | None, ranks: Sequence[int], timeout: datetime.timedelta
+) -> dist.ProcessGroup:
+    """A group of the same ranks; waits for them.
+
+    Raises:
+        RankLostError: if one of them does not make it in time.
+    """
+    try:
+        return dist.new_group(list(ranks), timeout, backend=_backend(process_group), use_local_synchronization=True)
+    except RuntimeError as error:  # the host's own
+        raise RankLostError(
+            f"rank {dist.get_rank()}: a process group for the exchange could not be made among the ranks {ranks} "
+            f"within {timeout.total_seconds():g} s: a rank has ended, or does not take its first step ({error})"
+        ) from error
 
 
 def _backend(process_group: dist.ProcessGroup | None) -> str:

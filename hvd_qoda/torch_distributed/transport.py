@@ -14,15 +14,17 @@ what is really sent.
 """
 
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from hvd_qoda.errors import ConfigError, RankMismatchError
+from hvd_qoda.errors import ConfigError, RankLostError, RankMismatchError
+from hvd_qoda.torch_distributed.lasting import Lasting
 from hvd_qoda.traffic import TrafficMeter
-from hvd_qoda.transport import DEFAULT_TIMEOUT_S, Handle, wait_until
+from hvd_qoda.transport import DEFAULT_TIMEOUT_S, Handle, late, wait_until
 
 __all__ = ["TorchTransport"]
 
@@ -87,7 +89,7 @@ class TorchTransport:
         received = torch.empty(self.size * longest, dtype=torch.uint8, device=sent.device)
         work = _all_gather(received, sent, group=lane.group, async_op=True) if longest else None
         parts = [slice(k * longest, k * longest + length) for k, length in enumerate(receive_bytes)]
-        return _TorchHandle(self, work, f"all-gather {name!r}", sent, received, parts, message.device)
+        return _TorchHandle(self, lane, work, f"all-gather {name!r}", sent, received, parts, message.device)
 
     def start_all_to_all(
         self, message: torch.Tensor, send_bytes: Sequence[int], receive_bytes: Sequence[int], name: str
@@ -103,7 +105,7 @@ class TorchTransport:
         )
         ends = [sum(receive_bytes[: k + 1]) for k in range(self.size)]
         parts = [slice(end - length, end) for end, length in zip(ends, receive_bytes, strict=True)]
-        return _TorchHandle(self, work, f"all-to-all {name!r}", sent, received, parts, message.device)
+        return _TorchHandle(self, lane, work, f"all-to-all {name!r}", sent, received, parts, message.device)
 
     def start_all_reduce(self, values: torch.Tensor, name: str) -> Handle:
         """See `hvd_qoda.transport.ReducingTransport`."""
@@ -111,9 +113,8 @@ class TorchTransport:
         self.meter.all_reduce(values.nbytes, self.size)
         summed = lane.moved(values)
         work = dist.all_reduce(summed, group=lane.group, async_op=True)
-        return _TorchHandle(
-            self, work, f"all-reduce {name!r}", summed, summed, [slice(0, values.numel())], values.device
-        )
+        parts = [slice(0, values.numel())]
+        return _TorchHandle(self, lane, work, f"all-reduce {name!r}", summed, summed, parts, values.device)
 
 
 class _Lane:
@@ -142,6 +143,7 @@ class _TorchHandle:
     def __init__(
         self,
         transport: TorchTransport,
+        lane: _Lane,
         work: Any,
         name: str,
         sent: torch.Tensor,
@@ -152,25 +154,48 @@ class _TorchHandle:
         self.name = name
         self._transport = transport
         self._work = work
-        self._sent = sent  # lives as long as the collective
         self._received = received
         self._parts = parts
         self._device = device
+        self._began = time.monotonic()
+        self._lasting = Lasting(lane.group or dist.group.WORLD, work, _held(sent, received))
+        if work is not None:
+            self._lasting.begin()
 
     def ready(self) -> bool:
-        return self._work is None or bool(self._work.is_completed())
+        if self._work is None:
+            return True
+        if not self._work.is_completed():
+            return False
+        self._lasting.end()
+        return True
 
     def wait(self) -> list[torch.Tensor]:
+        timeout_s = self._transport.timeout_s
         where = f"rank {dist.get_rank()}: {self.name} among the ranks {self._transport.ranks}"
-        wait_until(self.ready, self._transport.timeout_s, lambda: where)
+        wait_until(self.ready, timeout_s, lambda: where)
         if self._work is not None:
             try:
                 self._work.wait()
-            except RuntimeError as error:  # the host's own, for a lost connection or ranks that run something else
-                error.add_note(f"{where} failed: a rank was lost, or does not take the same steps")
-                raise
+            except RuntimeError as error:  # the host's own
+                if time.monotonic() - self._began >= timeout_s:  # the group's deadline came a moment before ours
+                    raise late(where, timeout_s) from error
+                raise RankLostError(
+                    f"{where} failed: a rank has ended, or its connection is gone, or it takes other steps ({error})"
+                ) from error
         received = self._received.to(self._device)
         return [received[part] for part in self._parts]
+
+
+def _held(*tensors: torch.Tensor) -> torch.futures.Future[Sequence[torch.Tensor]]:
+    """Something that holds tensors without Python.
+
+    Whoever drops a tensor last but for its Python object needs the interpreter for that. Gloo's threads do so behind a
+    collective, and PyTorch (2.13) aborts a process that ends meanwhile (pull request 179291 of pytorch/pytorch).
+    """
+    future: torch.futures.Future[Sequence[torch.Tensor]] = torch.futures.Future()
+    future.set_result(list(tensors))
+    return future
 
 
 def _check_sent(message: torch.Tensor, expected: int, what: str) -> None:
