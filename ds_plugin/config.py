@@ -175,9 +175,6 @@ def _refused(configuration: Mapping[str, Any], config: QodaConfig) -> Iterator[t
         yield "expert_parallel.enabled", "replaced expert layers are not supported; set it to false"
     if configuration.get("sparse_gradients"):
         yield "sparse_gradients", "sparse gradients are gathered as they are; set it to false"
-    optimizer = str(_section(configuration, "optimizer").get("type", ""))
-    if optimizer.lower() == "muon":
-        yield "optimizer.type", "Muon needs whole gradient matrices on several ranks; use another optimizer"
     if config.exchange in ("off", "hierarchical"):
         yield (
             "qoda.exchange",

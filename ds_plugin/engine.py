@@ -1,7 +1,8 @@
 """One DeepSpeed engine and what the plug-in keeps for it."""
 
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -10,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 
 from ds_plugin import backend
 from ds_plugin.config import BLOCK, parse_block, refuse_unsupported
-from ds_plugin.monitor import MonitorSink
+from ds_plugin.monitor import MonitorTelemetry
 from ds_plugin.optimizers import adapt_optimizer, worker_sums
 from ds_plugin.reducer import GradientReducer
 from ds_plugin.reports import Reports
@@ -19,13 +20,13 @@ from hvd_qoda.agreement import check_agreement
 from hvd_qoda.config import QodaConfig
 from hvd_qoda.errors import ConfigError, UnsupportedError
 from hvd_qoda.session import Session
-from hvd_qoda.telemetry import Telemetry
 from hvd_qoda.torch_distributed import TorchTransport
 from qoda_kernels.worker_threads import allotted_threads
 
 __all__ = ["EngineState", "QodaConfigError", "configure", "release", "state_of"]
 
 _ATTRIBUTE = "qoda_state"
+_logger = logging.getLogger(__name__)
 
 
 class QodaConfigError(DeepSpeedConfigError, ConfigError):
@@ -42,12 +43,14 @@ class EngineState:
 
     def __init__(self, engine: Any, config: QodaConfig) -> None:
         self.front: backend.QodaBackend | None = None
+        self.monitor: MonitorTelemetry | None = None
         named = list(engine.module.named_parameters())
         shapes = {name: tuple(p.ds_shape) for name, p in named if hasattr(p, "ds_shape")}
         reports = Reports()
         session = Session(engine.module, config, reports, shapes=shapes)
         self._names = {id(parameter): name for name, parameter in named}
         self._parameters = [parameter for _, parameter in named]  # keeps the ids from being used again
+        self._late: set[str] = set()  # those that were not there, by name
         group, threads = engine.seq_data_parallel_group, allotted_threads(os.environ)
         self.reducer = GradientReducer(session, reports, group, threads, _settings(engine))
 
@@ -75,16 +78,15 @@ class EngineState:
             id(flat): i for i, flat in enumerate(getattr(engine.optimizer, "fp32_groups_gradients_flat", ()))
         }
         by_address: dict[tuple[int, int], list[str]] = {}
-        for parameter in self._parameters:
-            if parameter.grad is not None and not flat_groups:
-                key = (parameter.grad.data_ptr(), parameter.grad.numel())
-                by_address.setdefault(key, []).append(self.name_of(parameter))
+        for parameter in () if flat_groups else engine.module.parameters():
+            if _has_dense_gradient(parameter) and id(parameter) in self._names:
+                by_address.setdefault(_address(parameter.grad), []).append(self.name_of(parameter))
         parts: list[tuple[Sequence[Piece], int]] = []
         for tensor in bucket:
             if id(tensor) in flat_groups:  # whole parameters, and padding behind the last
                 parts.append((self.whole(engine.optimizer.bf16_groups[flat_groups[id(tensor)]]), tensor.numel()))
                 continue
-            names = by_address.get((tensor.data_ptr(), tensor.numel()), [])
+            names = by_address.get(_address(tensor), [])
             if len(names) != 1:
                 raise UnsupportedError(
                     f"DeepSpeed reduces a {tensor.dtype} {list(tensor.shape)} that is the gradient of "
@@ -93,10 +95,36 @@ class EngineState:
             parts.append(([Piece(names[0], 0, tensor.numel(), 0)], tensor.numel()))
         return joined(parts)
 
+    def late_gradients(self, engine: Any, bucket: Sequence[torch.Tensor]) -> list[int]:
+        """Which tensors of a bucket are gradients of parameters that were not there when the engine was made.
+
+        One that has taken the place of another, of the same name and shape, travels like that one. The others travel
+        as they are: ranks have not agreed on a codebook for them.
+        """
+        late = []
+        for name, parameter in engine.module.named_parameters():
+            if id(parameter) in self._names or not parameter.requires_grad:
+                continue
+            known = self.reducer.registry.parameters.get(name)
+            if known is not None and known.shape == tuple(parameter.shape):
+                self._names[id(parameter)] = name
+                self._parameters.append(parameter)
+                continue
+            if name not in self._late:
+                self._late.add(name)
+                _logger.warning(
+                    "the parameter %s was added after deepspeed.initialize(): its gradients travel uncompressed. To "
+                    "compress them, change the model first",
+                    name,
+                )
+            if _has_dense_gradient(parameter):
+                late.append(_address(parameter.grad))
+        return [number for number, tensor in enumerate(bucket) if late and _address(tensor) in late]
+
     def pieces_of_bucket(
         self, optimizer: Any, bucket: Sequence[torch.Tensor], flat: BufferMap | None, owners: Sequence[int | None]
     ) -> tuple[Piece, ...]:
-        """The pieces of a bucket of ZeRO 1 and 2.
+        """The pieces of a bucket of ZeRO 1 and 2, in the model's order.
 
         Args:
             optimizer: ZeRO's.
@@ -121,7 +149,12 @@ class EngineState:
                     f"ZeRO reduces a {tensor.dtype} {list(tensor.shape)} that is not in its bucket: ds_plugin does not "
                     "know whose gradient it is"
                 )
-        return joined(parts)
+        return self.in_model_order(joined(parts))
+
+    def in_model_order(self, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+        """The pieces of a buffer that every rank fills in an order of its own, in an order that is the same on all."""
+        entries = self.reducer.registry.parameters
+        return tuple(sorted(pieces, key=lambda piece: entries[piece.parameter].offset + piece.start))
 
     def pieces_of_partitions(self, parameters: Sequence[torch.Tensor], ranks: int) -> tuple[Piece, ...]:
         """The pieces of a buffer of ZeRO 3: for each rank its part of every parameter, padded to equal lengths."""
@@ -137,6 +170,14 @@ class EngineState:
                     pieces.append(Piece(self.name_of(parameter), start, length, position, owner))
                 position += chunk
         return tuple(pieces)
+
+
+def _has_dense_gradient(parameter: torch.Tensor) -> bool:
+    return parameter.grad is not None and parameter.grad.layout == torch.strided
+
+
+def _address(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.numel()
 
 
 def state_of(host: Any) -> EngineState | None:
@@ -164,6 +205,7 @@ def configure(engine: Any, make_optimizer: Callable[[], None]) -> None:
     _agree_on_the_block(engine, config)
     if config is None:
         make_optimizer()
+        adapt_optimizer(engine, TorchTransport(engine.seq_data_parallel_group))
         return
     refuse_unsupported(values, config)
     _refuse_parallelism(engine, config)
@@ -171,14 +213,14 @@ def configure(engine: Any, make_optimizer: Callable[[], None]) -> None:
     state.reducer.agree()
     with worker_sums(engine, state.reducer):
         make_optimizer()
-    adapt_optimizer(engine, state.reducer)
+    adapt_optimizer(engine, state.reducer.transport)
     state.front = backend.install()
     vars(engine)[_ATTRIBUTE] = state
     if engine.zero_optimization():
         vars(engine.optimizer)[_ATTRIBUTE] = state
     if engine.monitor.enabled:
-        sink = MonitorSink(engine.monitor, engine.train_batch_size())
-        state.reducer.reports.add(Telemetry([sink], rank=engine.global_rank), close=True)
+        state.monitor = MonitorTelemetry(engine.monitor, engine.global_rank)
+        state.reducer.reports.add(state.monitor, close=True)
 
 
 def release(engine: Any) -> None:

@@ -19,6 +19,7 @@ from ds_plugin import backend, checkpoint
 from ds_plugin import engine as engines
 from ds_plugin.engine import state_of
 from ds_plugin.slices import BufferMap
+from ds_plugin.unused_parameters import send_zeros
 
 __all__ = ["install"]
 
@@ -27,7 +28,8 @@ _AVG_SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
 _AVG_SCATTER_CONTIGUOUS = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads"
 
 _flat: ContextVar[BufferMap | None] = ContextVar("ds_plugin.flat", default=None)  # ZeRO 1 and 2: buffer under way
-_owners: ContextVar[tuple[int, ...] | None] = ContextVar("ds_plugin.owners", default=None)  # of the bucket under way
+_Owners = tuple[int | None, ...]
+_owners: ContextVar[_Owners | None] = ContextVar("ds_plugin.owners", default=None)  # of the bucket under way
 
 Method = Callable[..., Any]
 
@@ -36,7 +38,9 @@ def install() -> None:
     """Wrap the methods; a second call does nothing."""
     for owner, name, wrapper in (
         (DeepSpeedEngine, "_configure_optimizer", _configure_optimizer),
+        (DeepSpeedEngine, "allreduce_gradients", _allreduce_gradients),
         (DeepSpeedEngine, "allreduce_bucket", _allreduce_bucket_of_engine),
+        (DeepSpeedEngine, "sparse_allreduce", _sparse_allreduce_of_engine),
         (DeepSpeedEngine, "_take_model_step", _take_model_step),
         (DeepSpeedEngine, "save_checkpoint", checkpoint.save),
         (DeepSpeedEngine, "load_checkpoint", checkpoint.load),
@@ -82,6 +86,8 @@ def _take_model_step(original: Method, engine: Any, *args: Any, **kwargs: Any) -
     before = _loss_scale(engine)
     original(engine, *args, **kwargs)
     state.reducer.loss_scale_changed(_loss_scale(engine) / before)
+    if state.monitor is not None:
+        state.monitor.write_step(engine.global_samples)
 
 
 def _loss_scale(engine: Any) -> float:
@@ -92,13 +98,49 @@ def _loss_scale(engine: Any) -> float:
     return float(engine.optimizer.loss_scale if config is None else config.cur_scale)
 
 
+def _allreduce_gradients(original: Method, engine: Any, *args: Any, **kwargs: Any) -> None:
+    """What ends every backward pass."""
+    if state_of(engine) is not None and isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        # Not where autograd's own hooks call this: with reentrant checkpoints that is in the middle of a pass, too.
+        ends_pass = engine._running_engine_backward or engine._running_engine_step
+        reduces = engine.zero_optimization_partition_gradients() or engine.is_gradient_accumulation_boundary()
+        if ends_pass and reduces:
+            send_zeros(engine.optimizer)
+    original(engine, *args, **kwargs)
+
+
 def _allreduce_bucket_of_engine(original: Method, engine: Any, bucket: Any, *args: Any, **kwargs: Any) -> Any:
     """No ZeRO: whole gradients. ZeRO 1 in bf16 with fp32 accumulation: flat groups."""
     state = state_of(engine)
     if state is None:
         return original(engine, bucket, *args, **kwargs)
-    with backend.gradients(state.reducer, state.pieces_of_gradients(engine, bucket)):
-        return original(engine, bucket, *args, **kwargs)
+    late = state.late_gradients(engine, bucket)
+    if not late:
+        with backend.gradients(state.reducer, state.pieces_of_gradients(engine, bucket)):
+            return original(engine, bucket, *args, **kwargs)
+    known = [number for number in range(len(bucket)) if number not in late]
+    reduced: dict[int, torch.Tensor] = {}
+
+    def reduce_some(numbers: list[int]) -> None:
+        some = [bucket[number] for number in numbers]
+        flat = original(engine, some, *args, **kwargs)
+        reduced.update(zip(numbers, engine.unflatten(flat, some), strict=True))
+
+    if known:
+        with backend.gradients(state.reducer, state.pieces_of_gradients(engine, [bucket[number] for number in known])):
+            reduce_some(known)
+    # Those travel as they are, and the result lies in the bucket's order again.
+    state.reducer.pass_by("all_reduce", sum(bucket[number].nbytes for number in late))
+    reduce_some(late)
+    return engine.flatten([reduced[number] for number in range(len(bucket))])
+
+
+def _sparse_allreduce_of_engine(original: Method, engine: Any, sparse: Any, *args: Any, **kwargs: Any) -> Any:
+    """No ZeRO: DeepSpeed gathers the rows of a sparse gradient, as they are."""
+    state = state_of(engine)
+    if state is not None:
+        state.reducer.pass_by("all_gather", sparse.indices.nbytes + sparse.values.nbytes)
+    return original(engine, sparse, *args, **kwargs)
 
 
 def _average_tensor(
@@ -121,11 +163,10 @@ def _allreduce_for_owners(original: Method, optimizer: Any, small_bucket: Any, *
     """ZeRO 1 and 2: of every tensor one rank keeps the result, so that only it need receive it."""
     if state_of(optimizer) is None:
         return original(optimizer, small_bucket, *args, **kwargs)
-    # A set of several ranks is Muon's, which is refused.
-    owners = tuple(
-        next(iter(ranks)) if isinstance(ranks, frozenset) and len(ranks) == 1 else int(ranks)
-        for ranks in kwargs["bucket_ranks"]
-    )
+    sets = [ranks if isinstance(ranks, frozenset) else frozenset((ranks,)) for ranks in kwargs["bucket_ranks"]]
+    # Muon needs whole matrices: one that lies on a boundary of partitions belongs to several ranks. Then all get all.
+    one_each = all(len(ranks) == 1 for ranks in sets)
+    owners = tuple(int(next(iter(ranks))) if one_each else None for ranks in sets)
     token = _owners.set(owners)
     try:
         return original(optimizer, small_bucket, *args, **kwargs)
@@ -159,7 +200,7 @@ def _reduce_whole_buffer(
     state, flat = state_of(optimizer), _flat.get()
     if state is None or flat is None or tensor.numel() == 0:
         return original(optimizer, tensor, communication_data_type)
-    with backend.gradients(state.reducer, flat.pieces_of(tensor)):
+    with backend.gradients(state.reducer, state.in_model_order(flat.pieces_of(tensor))):
         return original(optimizer, tensor, communication_data_type)
 
 

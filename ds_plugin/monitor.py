@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from hvd_qoda.telemetry import StartRecord, StepRecord, flat_metrics
+from hvd_qoda.telemetry import StartRecord, StepRecord, Telemetry, flat_metrics
 
-__all__ = ["MonitorSink"]
+__all__ = ["MonitorSink", "MonitorTelemetry"]
 
 
 class MonitorSink:
@@ -14,22 +14,43 @@ class MonitorSink:
 
     Args:
         monitor: the engine's monitor.
-        samples_per_step: the engine's train_batch_size.
     """
 
     every_rank = False
 
-    def __init__(self, monitor: Any, samples_per_step: int) -> None:
+    def __init__(self, monitor: Any) -> None:
         self._monitor = monitor
-        self._samples_per_step = samples_per_step
+        self.samples = 0  # the engine's global_samples behind the step whose record is written next
 
     def start(self, start: StartRecord) -> None:
         """See `hvd_qoda.telemetry.Sink`; the monitor has its own way to log the configuration."""
 
     def write(self, record: StepRecord) -> None:
         """See `hvd_qoda.telemetry.Sink`."""
-        samples = record.step * self._samples_per_step
-        self._monitor.write_events([(f"Train/{name}", value, samples) for name, value in flat_metrics(record).items()])
+        metrics = flat_metrics(record)
+        self._monitor.write_events([(f"Train/{name}", value, self.samples) for name, value in metrics.items()])
 
     def close(self, failed: bool = False) -> None:
         """See `hvd_qoda.telemetry.Sink`; the monitor belongs to the engine."""
+
+
+class MonitorTelemetry(Telemetry):
+    """A telemetry for DeepSpeed's monitor alone, whose records wait until DeepSpeed has counted the step's samples.
+
+    Args:
+        monitor: the engine's monitor.
+        rank: the engine's global rank.
+    """
+
+    def __init__(self, monitor: Any, rank: int) -> None:
+        self._sink = MonitorSink(monitor)
+        super().__init__([self._sink], rank=rank)
+
+    def write_step(self, samples: int) -> None:
+        """Write the record of the step that has just ended.
+
+        Args:
+            samples: the engine's global_samples.
+        """
+        self._sink.samples = samples
+        self.flush()

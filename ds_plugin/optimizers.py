@@ -17,8 +17,9 @@ from deepspeed.runtime.zero import utils as zero_utils
 
 from ds_plugin.reducer import GradientReducer
 from hvd_qoda.errors import UnsupportedError
-from hvd_qoda.optim import QODA, QODAdam, WorkerNorms
+from hvd_qoda.optim import QODA, QGenX, QODAdam, WorkerNorms
 from hvd_qoda.optim.state import EagerStateOptimizer
+from hvd_qoda.torch_distributed import TorchTransport
 from hvd_qoda.transport import all_gather_array
 
 __all__ = ["adapt_optimizer", "register_names", "worker_sums"]
@@ -32,13 +33,18 @@ def register_names() -> None:
             zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer)
 
 
-def adapt_optimizer(engine: Any, reducer: GradientReducer) -> None:
-    """Prepare one of our optimizers for what the engine's wrapper has made of its parameters.
+def adapt_optimizer(engine: Any, transport: TorchTransport) -> None:
+    """Prepare one of our optimizers for what the engine's wrapper has made of its parameters, with a block or without.
+
+    Args:
+        engine: whose optimizer has just been made.
+        transport: the data-parallel ranks, over which ZeRO parts the model.
 
     Raises:
-        UnsupportedError: for QODA with experts, several parameter groups, or several of ZeRO 3's sub-groups.
+        UnsupportedError: for QODA with experts, several parameter groups, or several of ZeRO 3's sub-groups; for QGenX
+            with ZeRO.
     """
-    optimizer = engine.basic_optimizer
+    optimizer = getattr(engine, "basic_optimizer", None)
     if not isinstance(optimizer, EagerStateOptimizer):
         return
     optimizer.forget_state_of_others()
@@ -52,7 +58,12 @@ def adapt_optimizer(engine: Any, reducer: GradientReducer) -> None:
         )
     if isinstance(optimizer, QODA) and engine.zero_optimization_stage() > 0:
         _refuse_several_groups(engine, optimizer)
-        optimizer.param_groups[0]["sum_of_parts"] = lambda part: _sum_over_ranks(reducer, part)
+        optimizer.param_groups[0]["sum_of_parts"] = lambda part: _sum_over_ranks(transport, part)
+    if isinstance(optimizer, QGenX) and engine.zero_optimization_stage() > 0:
+        raise UnsupportedError(
+            "QGenX computes its step sizes from norms over the whole model, and ZeRO gives each rank a part of it: set "
+            "zero_optimization.stage to 0, or use QODA, whose norms are added up over the ranks"
+        )
 
 
 @contextmanager
@@ -105,8 +116,8 @@ def _refuse_several_groups(engine: Any, optimizer: QODA) -> None:
         )
 
 
-def _sum_over_ranks(reducer: GradientReducer, part: float) -> float:
+def _sum_over_ranks(transport: TorchTransport, part: float) -> float:
     total = 0.0
-    for value in all_gather_array(reducer.transport, np.array(part), "ds_plugin.norm"):
+    for value in all_gather_array(transport, np.array(part), "ds_plugin.norm"):
         total += float(value)
     return total

@@ -11,8 +11,10 @@ Buckets that hold nothing to quantize are left to the host.
 """
 
 import dataclasses
+import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from ds_plugin.backend import HostReduction
 from ds_plugin.reports import Reports
 from ds_plugin.slices import Piece
 from hvd_qoda.config import QodaConfig
-from hvd_qoda.errors import UnsupportedError
+from hvd_qoda.errors import RankMismatchError, UnsupportedError
 from hvd_qoda.exchange import Exchange, Stamp
 from hvd_qoda.optim.worker_norms import WorkerNorms
 from hvd_qoda.reduce_to_owner import ReduceToOwnerExchange
@@ -31,8 +33,9 @@ from hvd_qoda.schemes import make_exchange
 from hvd_qoda.session import Session
 from hvd_qoda.staging import values_on
 from hvd_qoda.torch_distributed import TorchTransport
-from hvd_qoda.traffic import Traffic, all_reduce_bytes, reduce_scatter_bytes
+from hvd_qoda.traffic import Traffic, all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
 from hvd_qoda.transport import all_gather_array
+from qoda_kernels.errors import WireError
 from qoda_kernels.layout import MessagePlan, Slice
 from qoda_kernels.registry import CodebookRegistry
 from qoda_kernels.worker_threads import WorkerThreads
@@ -62,6 +65,17 @@ class _Route:
         return f"{self.number}.{index}"
 
 
+_DIFFERENT_LAYERS = (
+    "Ranks may have gradients of different parameters in one bucket, if they used different layers in this backward "
+    "pass: under ZeRO 1 and 2 that needs a zero_optimization.reduce_bucket_size that holds the whole model (and "
+    "engine.backward(loss), not loss.backward()), or every rank must use every layer, if only with a factor of 0"
+)
+
+
+def _digest(values: Any) -> np.ndarray:
+    return np.frombuffer(hashlib.blake2b(repr(values).encode(), digest_size=16).digest(), np.int64)
+
+
 class GradientReducer:
     """Reduces the gradients of one engine.
 
@@ -87,6 +101,7 @@ class GradientReducer:
         self._saved_routes: dict[str, Mapping[str, Any]] = {}  # of a checkpoint that is being loaded, by number
         self._exchanges = 0  # number of the exchange under way, or finished last
         self._in_step = False
+        self._fills_by_arrival = settings["zero_optimization.stage"] in (1, 2)
         self._is_finite = True  # what has arrived on this rank in the step under way
         session.use_route(self)
 
@@ -163,7 +178,7 @@ class GradientReducer:
         raw_bytes = _host_bytes(host, flat.numel() * flat.itemsize, transport.size)
         self._exchanges += 1
         if route.exchange is None:
-            self._leave_to_host(flat, pieces, route, raw_bytes, host)
+            self._leave_to_host(flat, pieces, route, raw_bytes, host, transport)
             return
         staged = values_on(self._session.coding_device([flat]), flat)
         values = [staged[piece.position : piece.end] for piece in pieces]
@@ -173,10 +188,24 @@ class GradientReducer:
         route.exchange.start(sent, stamp)
         self._account(route.exchange, raw_bytes)
         self._session.observe(str(route.number), route.exchange, sent)
-        route.exchange.finish(values, scale=1.0 if average else float(transport.size))
+        try:
+            route.exchange.finish(values, scale=1.0 if average else float(transport.size))
+        except WireError as error:
+            raise WireError(f"{error}. {_DIFFERENT_LAYERS}" if self._fills_by_arrival else str(error)) from error
         self._look_for_overflow(_kept(values, pieces, transport.rank))
         if staged.device != flat.device:
             flat.copy_(staged)
+
+    def pass_by(self, kind: str, payload: int) -> None:
+        """Count gradients that the host reduces as they are, outside of `reduce`; among the step's control bytes.
+
+        Args:
+            kind: "all_reduce" or "all_gather".
+            payload: bytes that this rank hands over.
+        """
+        self._begin_step()
+        measure = {"all_reduce": all_reduce_bytes, "all_gather": all_gather_bytes}[kind]
+        self._session.meter.host(kind, measure(payload, self.transport.size))
 
     def end_step(self) -> None:
         """To be called before the engine's optimizer steps; a collective call that waits.
@@ -226,9 +255,9 @@ class GradientReducer:
             {
                 "number": route.number,
                 "dtype": str(dtype).removeprefix("torch."),
-                "pieces": [dataclasses.asdict(piece) for piece in pieces],
+                "pieces": [dataclasses.asdict(Piece(*fields)) for fields in contents],
             }
-            for (pieces, dtype, _), route in self._routes.items()
+            for (contents, dtype, _), route in self._routes.items()
         ]
         return {"routes": routes, "session": private}
 
@@ -305,7 +334,9 @@ class GradientReducer:
         return self._transports[group]
 
     def _route(self, pieces: tuple[Piece, ...], dtype: torch.dtype, group: Any) -> _Route:
-        key = (pieces, dtype, self._transport(group).ranks)
+        # Without their places, which may differ between ranks and steps.
+        contents = tuple((piece.parameter, piece.start, piece.length, 0, piece.owner) for piece in pieces)
+        key = (contents, dtype, self._transport(group).ranks)
         if key in self._routes:
             self._routes.move_to_end(key)
             return self._routes[key]
@@ -337,7 +368,13 @@ class GradientReducer:
         return _Route(number, keys, exchange)
 
     def _leave_to_host(
-        self, flat: torch.Tensor, pieces: Sequence[Piece], route: _Route, raw_bytes: float, host: HostReduction
+        self,
+        flat: torch.Tensor,
+        pieces: Sequence[Piece],
+        route: _Route,
+        raw_bytes: float,
+        host: HostReduction,
+        transport: TorchTransport,
     ) -> None:
         total = sum(piece.length for piece in pieces)
         values = [flat[piece.position : piece.end] for piece in pieces]
@@ -346,9 +383,40 @@ class GradientReducer:
             share = raw_bytes * piece.length / total
             self._session.account(key, piece.length, share, share)
         self._look_for_overflow(values)  # before: of other ranks' results this one may see nothing
-        host.run()
+        with self._equal_layouts(values, pieces, transport):
+            host.run()
         self._look_for_overflow(_kept(values, pieces, self.transport.rank))
         self._session.meter.host(host.kind, raw_bytes)
+
+    @contextmanager
+    def _equal_layouts(
+        self, values: Sequence[torch.Tensor], pieces: Sequence[Piece], transport: TorchTransport
+    ) -> Iterator[None]:
+        """While the host adds up a buffer place by place: where ranks hold it in different orders, in the model's.
+
+        ZeRO 1 and 2 fill their buckets in the order of backward, which differs between ranks that use different
+        layers.
+        """
+        if transport.size == 1 or not self._fills_by_arrival or len(pieces) == 1:
+            yield
+            return
+        places = [(piece.parameter, piece.start, piece.length, piece.owner) for piece in pieces]
+        positions = [piece.position for piece in pieces]
+        found = all_gather_array(transport, np.stack([_digest(places), _digest(positions)]), "ds_plugin.layout")
+        if any((other[0] != found[0][0]).any() for other in found):
+            raise RankMismatchError(_DIFFERENT_LAYERS)
+        if all((other[1] == found[0][1]).all() for other in found):
+            yield
+            return
+        total = sum(piece.length for piece in pieces)
+        if sorted(positions)[0] != 0 or max(piece.end for piece in pieces) != total:
+            raise RankMismatchError(_DIFFERENT_LAYERS)
+        packed = torch.cat(list(values))
+        buffer = values[positions.index(0)].as_strided((total,), (1,))
+        buffer.copy_(packed)
+        yield
+        for value, result in zip(values, buffer.clone().split([piece.length for piece in pieces]), strict=True):
+            value.copy_(result)
 
     def _look_for_overflow(self, values: Sequence[torch.Tensor]) -> None:
         """With error feedback, notice that DeepSpeed will skip this step; see `ErrorFeedback.arrived`."""
@@ -367,9 +435,9 @@ class GradientReducer:
 
 
 def _check_inside(flat: torch.Tensor, pieces: Sequence[Piece]) -> None:
-    """Pieces lie in the buffer, in order, and do not overlap."""
+    """Pieces lie in the buffer, and do not overlap."""
     position = 0
-    for piece in pieces:
+    for piece in sorted(pieces, key=lambda piece: piece.position):
         if piece.position < position:
             raise UnsupportedError(f"the gradients of {piece.parameter!r} overlap others in DeepSpeed's buffer")
         position = piece.end

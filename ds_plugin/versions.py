@@ -57,9 +57,11 @@ _BACKEND = ("deepspeed.comm.torch", "TorchBackend")
 HOOKS: tuple[Hook, ...] = (
     Hook(*_ENGINE, "_configure_optimizer", ("client_optimizer", "model_parameters")),
     Hook(*_ENGINE, "_configure_basic_optimizer", ("model_parameters",), ("getattr(torch.optim",)),
+    Hook(*_ENGINE, "allreduce_gradients", ("bucket_size",), ("overlapping_partition_gradients_reduce_epilogue()",)),
     Hook(*_ENGINE, "allreduce_bucket", ("bucket", "dp_group", "dp_world_size"), ("self.flatten(", "dist.all_reduce(")),
+    Hook(*_ENGINE, "sparse_allreduce", ("sparse", "dp_group", "dp_world_size"), ("sparse.indices", "sparse.values")),
     Hook(*_ENGINE, "_get_gradients_for_reduction", (), ("param.grad.data",)),
-    Hook(*_ENGINE, "_take_model_step", ("lr_kwargs",), ("self.optimizer.step()",)),
+    Hook(*_ENGINE, "_take_model_step", ("lr_kwargs",), ("self.optimizer.step()", "self.global_samples +=")),
     Hook(*_ENGINE, "save_checkpoint", ("save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters")),
     Hook(
         *_ENGINE,
@@ -101,6 +103,9 @@ HOOKS: tuple[Hook, ...] = (
         ("bucket", "communication_data_type", "rank", "log", "divide", "process_group"),
         ("self.flatten(", "dist.all_reduce(", "dist.reduce("),
     ),
+    Hook(*_ZERO, "setup_buckets", ()),
+    Hook(*_ZERO, "get_gradient_for_reduction", ("param",), ("grad_accum",)),
+    Hook(*_ZERO, "reduce_independent_p_g_buckets_and_remove_grads", ("param", "i"), ("bucket.params.append(",)),
     Hook(*_ZERO, "gradient_reduction_w_predivide", ("tensor", "communication_data_type"), ("dist.all_reduce(",)),
     Hook(*_ZERO, "reduce_ipg_grads", ("comm_dtype",), ("self.average_tensor(", "bucket.grads")),
     Hook(

@@ -62,7 +62,6 @@ def test_mistakes_name_the_block_and_the_key(block: Any, words: list[str]) -> No
         ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
         ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size"),
         ({"sparse_gradients": True}, "sparse_gradients"),
-        ({"optimizer": {"type": "Muon"}}, "optimizer.type"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(settings: dict[str, Any], key: str) -> None:
