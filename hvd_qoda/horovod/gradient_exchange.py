@@ -359,6 +359,7 @@ class GradientExchange:
         sizes = {n: entries[n].numel * self._hooked[n].itemsize for n in ordered if n not in alone}
         groups = self._fusion.groups
         at_most = overlapping_bytes(sum(sizes.values()), self._fusion.buffer_bytes, self._scheme)
+        buffers: list[tuple[str, ...]]
         if groups is None and self._scheme == "off" and all(host_reduces(self._hooked[name]) for name in sizes):
             buffers = [(name,) for name in sizes]  # as under the stock optimizer: Horovod itself fuses what has come
         elif groups is None:
