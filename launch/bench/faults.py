@@ -428,7 +428,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
     parser.add_argument("--keep", action="store_true", help="keep the logs of runs that did not end right")
     parser.add_argument("--look-s", type=_seconds, default=0.0, help="wait before a hung rank is killed")
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there")
     return parser.parse_args(arguments)
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from launch.bench.long_run_ranks import DDP, DEEPSPEED, FRONTS, ROW
 from launch.train.job import horovodrun
-from launch.train.options import HelpFormatter, positive
+from launch.train.options import HelpFormatter, not_negative, positive
 from launch.train.summary import command, write_json
 
 RANKS = 2
@@ -39,6 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--warm-up", type=positive, default=1000, help="exchanges before memory is looked at")
     parser.add_argument("--seconds", type=positive, default=600, help="after which a front end's run ends early")
     parser.add_argument("--fronts", nargs="+", choices=FRONTS, default=list(FRONTS), help="to run")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the model and the data")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here too; others in it stay")
     return parser.parse_args(arguments)
 
@@ -50,13 +51,14 @@ def launcher(front: str) -> list[str]:
     return [horovodrun(), "--gloo", "--network-interfaces", "lo", "-np", str(RANKS), sys.executable]
 
 
-def run(front: str, exchanges: int, warm_up: int, seconds: int) -> dict[str, Any]:
+def run(front: str, exchanges: int, warm_up: int, seconds: int, seed: int = 0) -> dict[str, Any]:
     """Row of one front end.
 
     Raises:
         RuntimeError: where the ranks did not end well, with the end of what they said.
     """
-    program = [str(Path(__file__).with_name("long_run_ranks.py")), front, *map(str, (exchanges, warm_up, seconds))]
+    numbers = map(str, (exchanges, warm_up, seconds, seed))
+    program = [str(Path(__file__).with_name("long_run_ranks.py")), front, *numbers]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HOROVOD_CYCLE_TIME": "0.1"}
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
     limit = seconds + _START_UP_S + warm_up // 50
@@ -89,7 +91,8 @@ def merged(kept: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]])
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table; the exit status is 1 where the ranks' bits differ."""
     options = parse_arguments(arguments)
-    rows = [run(front, options.exchanges, options.warm_up, options.seconds) for front in options.fronts]
+    numbers = options.exchanges, options.warm_up, options.seconds, options.seed
+    rows = [run(front, *numbers) for front in options.fronts]
     table = Table("front end", "exchanges", "memory", "descriptors", "threads", "ranks identical", "exchanges/s")
     for row in rows:
         growth = (f"{row['memory_growth_bytes'] / 2**20:+.2f} MiB", *(str(row[f"{n}_growth"]) for n in _COUNTED))

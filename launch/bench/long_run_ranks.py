@@ -47,7 +47,6 @@ class Usage:
 
 
 def _model() -> nn.Module:
-    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(24, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 8))
 
 
@@ -133,11 +132,12 @@ def _digest(model: nn.Module) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`long_run_ranks.py FRONT EXCHANGES WARM_UP SECONDS`: at most so many steps, in at most so many seconds."""
-    front, (exchanges, warm_up, seconds) = arguments[0], map(int, arguments[1:4])
+    """`long_run_ranks.py FRONT EXCHANGES WARM_UP SECONDS SEED`: at most so many steps, in at most so many seconds."""
+    front, (exchanges, warm_up, seconds, seed) = arguments[0], map(int, arguments[1:5])
     torch.set_num_threads(1)
+    torch.manual_seed(seed)
     model, step, gather = {DDP: _ddp, DEEPSPEED: _deepspeed}.get(front, lambda: _horovod(front))()
-    generator = torch.Generator().manual_seed(sum(gather(os.getpid())))
+    generator = torch.Generator().manual_seed(seed)
     rank = int(os.environ.get("RANK", os.environ.get("HOROVOD_RANK", "0")))
     x = torch.randn(4, 24, generator=generator) + rank
     for _ in range(warm_up):

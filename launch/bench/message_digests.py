@@ -47,14 +47,14 @@ CODEBOOKS = {
 }
 
 
-def values_with_extremes(count: int, rank: int) -> torch.Tensor:
+def values_with_extremes(count: int, seed: int) -> torch.Tensor:
     """Values of many sizes, the same on every processor.
 
     Args:
         count: of them, a multiple of 1024.
-        rank: seed.
+        seed: of the values, and of which kind the non-finite ones are.
     """
-    rng = np.random.default_rng(rank)
+    rng = np.random.default_rng(seed)
     # Only sums and products: logarithms and roots differ in their last bits between processors.
     values = rng.random(count, dtype=np.float32) * rng.random(count, dtype=np.float32) - np.float32(0.25)
     buckets = values.reshape(-1, 512)
@@ -62,17 +62,18 @@ def values_with_extremes(count: int, rank: int) -> torch.Tensor:
     buckets[rng.random(buckets.shape) < 0.1] = 0.0
     buckets[::97, 5] = np.finfo(np.float32).max
     buckets[::89, 7] = np.float32(1e-45)
-    buckets[13::101, 3] = [np.float32(np.nan), np.float32(np.inf), np.float32(-np.inf)][rank % 3]
+    buckets[13::101, 3] = [np.float32(np.nan), np.float32(np.inf), np.float32(-np.inf)][seed % 3]
     return torch.from_numpy(values)
 
 
-def digests(count: int) -> dict[str, str]:
+def digests(count: int, seed: int = 0) -> dict[str, str]:
     """SHA-256 of the messages of all ranks and of their mean, for every codebook, in its first 16 hexadecimal digits.
 
     Args:
         count: coordinates, a multiple of 1024.
+        seed: of the values.
     """
-    tensors = [values_with_extremes(count, rank) for rank in range(RANKS)]
+    tensors = [values_with_extremes(count, RANKS * seed + rank) for rank in range(RANKS)]
     contexts = [MessageContext(0, 0, rank, 0, 0, rank, 0) for rank in range(RANKS)]
     found = {}
     for name, book in CODEBOOKS.items():
@@ -88,9 +89,15 @@ def digests(count: int) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--count", type=int, default=1024 * 1024, help="coordinates, a multiple of 1024")
-    print(json.dumps(digests(parser.parse_args(arguments).count)))
+    parser.add_argument("--seed", type=int, default=0, help="of the values, not negative")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the object here too")
+    options = parser.parse_args(arguments)
+    text = json.dumps(digests(options.count, options.seed))
+    print(text)
+    if options.json is not None:
+        options.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from launch.bench import message_digests
 from launch.bench.processors import NATIVE, PROCESSORS, environment_of, obstacle, processor_here
-from launch.train.options import HelpFormatter, positive
+from launch.train.options import HelpFormatter, not_negative, positive
 from launch.train.summary import command, write_json
 
 
@@ -31,6 +31,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     targets = [NATIVE, *PROCESSORS]
     parser.add_argument("--targets", nargs="+", choices=targets, default=targets, help="processors to compile for")
     parser.add_argument("--count", type=positive, default=1024 * 1024, help="coordinates, a multiple of 1024")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the values")
     parser.add_argument(
         "--also", nargs=2, action="append", default=[], metavar=("NAME", "FILE"), help="what another machine printed"
     )
@@ -38,11 +39,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def digests_of(target: str, count: int) -> dict[str, str]:
+def digests_of(target: str, count: int, seed: int) -> dict[str, str]:
     """What a process that compiles for a target finds; its compiled kernels are not kept."""
     with tempfile.TemporaryDirectory() as cache:
         ran = subprocess.run(
-            [sys.executable, message_digests.__file__, "--count", str(count)],
+            [sys.executable, message_digests.__file__, "--count", str(count), "--seed", str(seed)],
             env={**os.environ, **environment_of(target), "NUMBA_CACHE_DIR": cache},
             capture_output=True,
             text=True,
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reason is not None:
             console.print(f"{target} left out: {reason}")
             continue
-        found[target] = digests_of(target, options.count)
+        found[target] = digests_of(target, options.count, options.seed)
     for name, file in options.also:
         found[name] = json.loads(Path(file).read_text())
     console.print(table_of(found))

@@ -16,7 +16,13 @@ from launch.train.options import LEARNING_RATES, build_parser, parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
 # Started by other programs, with arguments that nobody types.
-STARTED_BY_OTHERS = {"launch/bench/end_to_end_ranks.py", "launch/bench/exchange_ranks.py", "launch/packet_delay.py"}
+STARTED_BY_OTHERS = {
+    "launch/bench/end_to_end_ranks.py",
+    "launch/bench/exchange_ranks.py",
+    "launch/bench/fault_ranks.py",
+    "launch/bench/long_run_ranks.py",
+    "launch/packet_delay.py",
+}
 PROGRAMS = sorted(
     {str(path.relative_to(ROOT)) for path in (ROOT / "launch").rglob("*.py") if "__main__" in path.read_text()}
     - STARTED_BY_OTHERS
