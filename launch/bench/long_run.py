@@ -38,7 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--exchanges", type=positive, default=10_000, help="of each front end, behind the warm-up")
     parser.add_argument("--warm-up", type=positive, default=1000, help="exchanges before memory is looked at")
     parser.add_argument("--seconds", type=positive, default=600, help="after which a front end's run ends early")
-    parser.add_argument("--fronts", nargs="+", choices=FRONTS, default=list(FRONTS), help="to run")
+    parser.add_argument("--fronts", nargs="+", choices=FRONTS, default=list(FRONTS), help="front ends to run")
     parser.add_argument("--seed", type=not_negative, default=0, help="of the model and the data")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here too; others in it stay")
     return parser.parse_args(arguments)
