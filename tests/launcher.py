@@ -77,6 +77,7 @@ class RankPool:
         hosts: names of this machine with numbers of ranks, such as "localhost:2,127.0.0.1:2", which Horovod then takes
             for different machines; by default one name.
         imports: modules that ranks find imported already, beside torch, the host and `hvd_qoda`.
+        of_each: variables added to the environment of each rank alone, in rank order.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class RankPool:
         host: Literal["horovod", "torch"] = "horovod",
         hosts: str | None = None,
         imports: Sequence[str] = (),
+        of_each: Sequence[Mapping[str, str]] = (),
     ) -> None:
         self.size = size
+        self._of_each = of_each or [{}] * size
         self._imports = ["torch", *(["horovod.torch"] if host == "horovod" else []), "hvd_qoda", *imports]
         self._host = host
         self._hosts = hosts or f"{socket.gethostname()}:{size}"
@@ -154,7 +157,10 @@ class RankPool:
 
     def _start(self) -> None:
         host = self._horovod_variables() if self._host == "horovod" else self._torch_variables()
-        environments = [{**child_environment(), **variables, **self._environment} for variables in host]
+        environments = [
+            {**child_environment(), **variables, **self._environment, **own}
+            for variables, own in zip(host, self._of_each, strict=True)
+        ]
         if can_fork() and not self._prefix:
             for number, environment in enumerate(environments):
                 server_of(environment, self._imports, number)  # all of them import at the same time

@@ -1,6 +1,7 @@
-"""The CPU kernels on processors that this machine is not: the same bits without AVX, with AVX2, and code for arm64.
+"""The CPU kernels on processors that this machine is not: the same bits for every target, and code for arm64.
 
-The machine's own kernels are what all other tests run. Here the kernels are compiled once more, in another process.
+The machine's own kernels are what all other tests run. Here ranks of one exchange compile them for other processors and
+keep them in one folder, like machines of different kinds that share a home folder.
 """
 
 import hashlib
@@ -8,15 +9,23 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numba.core import event
+from numba.core.caching import IndexDataCacheFile
 from numba.core.registry import cpu_target
 
+from launch.bench.processors import PROCESSORS, environment_of, obstacle
+from qoda_kernels import compilation
 from qoda_kernels.codec import Codec
 from tests.kernels.codebooks import codebook_for, context, rotated_codebook, single_slice_plan
+from tests.launcher import RankPool
 
 CODEBOOKS = (
     codebook_for("uniform", 4),
@@ -26,11 +35,30 @@ CODEBOOKS = (
 )
 """Between them they use most of the vector code: searches of levels, norms, rotation, dither and its absence."""
 
-FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+TARGETS = [name for name in PROCESSORS if obstacle(name) is None]
 END_OF_PART = "; end of part\n"
 ARM64 = "aarch64-unknown-linux-gnu"
 # Numba's own counting of references, as LLVM writes it for x86.
 _OF_NUMBA = "llvm.x86.atomic.sub.cc.i64"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank did.
+
+    Attributes:
+        target: name of the processor that it compiled for.
+        messages: digest of messages and of what is decoded from them.
+        means: digest of the means of an all-gather and of a reduce-scatter with the other ranks.
+        files: with machine code, by name, that it wrote or read.
+        compiled: number of functions that were compiled, not loaded from the disk.
+    """
+
+    target: str
+    messages: str
+    means: str
+    files: frozenset[str]
+    compiled: int
 
 
 def digest_of_messages() -> str:
@@ -47,28 +75,114 @@ def digest_of_messages() -> str:
     return digest.hexdigest()
 
 
-def print_digest() -> None:
-    print(digest_of_messages())
+def digest_of_means() -> str:
+    """Digest of the means of two exchanges with the other ranks."""
+    from hvd_qoda.exchange import PendingExchanges, Stamp
+    from hvd_qoda.schemes import make_exchange
+    from hvd_qoda.torch_distributed import TorchTransport
+
+    digest = hashlib.sha256()
+    transport = TorchTransport(timeout_s=60.0)
+    gradient = torch.from_numpy(np.random.default_rng(transport.rank).standard_t(3, size=20_000).astype(np.float32))
+    books = {"other": CODEBOOKS[1]}
+    plan = single_slice_plan(gradient.numel(), CODEBOOKS[1])
+    for scheme in ("allgather", "reduce_scatter"):
+        exchange = make_exchange(scheme, plan, books, transport, scheme)
+        pending = PendingExchanges(60.0, "here")
+        exchange.start([gradient], Stamp(1, 2, 0))
+        pending.add(exchange)
+        mean = torch.empty_like(gradient)
+        pending.finish(exchange, [mean])
+        assert float(mean.abs().sum()) > 0
+        digest.update(mean.numpy().tobytes())
+    return digest.hexdigest()
 
 
-def print_digest_and_code() -> None:
-    """What another processor makes of the messages, and what Numba hands to LLVM for two of its kernels."""
+def recording(method: Callable[..., Any], files: set[str]) -> Callable[..., Any]:
+    """A method of Numba's cache that notes the names of the files that it is called for."""
+
+    def call(cache: Any, name: str, *data: Any) -> Any:
+        files.add(name)
+        return method(cache, name, *data)
+
+    return call
+
+
+def report() -> dict[str, Any]:
+    """Code and exchange in this rank; returns the fields of a `Report`."""
+    from qoda_kernels.cpu.checksums import byte_summer
+
+    files: set[str] = set()
+    for name in ("_save_data", "_load_data"):
+        setattr(compilation._FilesByKey, name, recording(getattr(IndexDataCacheFile, name), files))
+    with event.install_recorder("numba:compile") as recorder:
+        byte_summer()  # else it is compiled within another kernel at the first start, and alone at the second
+        messages, means = digest_of_messages(), digest_of_means()
+    target = cpu_target.target_context.codegen().magic_tuple()[1]
+    compiled = sum(each.is_start for _, each in recorder.buffer)
+    return asdict(Report(target, messages, means, frozenset(files), compiled))
+
+
+@pytest.fixture(scope="module")
+def two_starts(tmp_path_factory: pytest.TempPathFactory) -> Sequence[list[Report]]:
+    """Reports of a rank for each target: of ranks that find no compiled kernels, and of ranks started behind them."""
+    folder = tmp_path_factory.mktemp("kernels")
+    starts = []
+    for _ in range(2):
+        with RankPool(
+            len(TARGETS), {"NUMBA_CACHE_DIR": str(folder)}, host="torch", of_each=[*map(environment_of, TARGETS)]
+        ) as ranks:
+            starts.append([Report(**fields) for fields in ranks.run(report, timeout=500.0)])
+    return starts
+
+
+on_x86 = pytest.mark.skipif(not TARGETS, reason="the targets are x86-64 processors")
+
+
+@on_x86
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_the_same_bits_for_every_target(two_starts: Sequence[list[Report]]) -> None:
+    """Many processors have no AVX-512, and some no AVX and no fused multiply-add: levels are looked up otherwise."""
+    here = digest_of_messages()
+    for start in two_starts:
+        assert [each.target for each in start] == [PROCESSORS[name].name for name in TARGETS]
+        assert {each.target: each.messages for each in start} == dict.fromkeys(TARGETS, here)
+        assert len({each.means for each in start}) == 1
+
+
+@on_x86
+@pytest.mark.distributed
+def test_each_target_loads_the_code_that_was_compiled_for_it(two_starts: Sequence[list[Report]]) -> None:
+    first, second = two_starts
+    assert all(each.compiled > 0 for each in first)
+    assert [each.compiled for each in second] == [0] * len(TARGETS)
+    # What is a part of another kernel is written, but not read.
+    assert all(later.files and later.files <= earlier.files for earlier, later in zip(first, second, strict=True))
+    together = set().union(*(each.files for each in first))
+    assert len(together) == sum(len(each.files) for each in first) > 0
+
+
+def print_code() -> None:
+    """What Numba hands to LLVM for two kernels."""
     from qoda_kernels.cpu.arguments import FLOAT32
     from qoda_kernels.cpu.decoding import decoder
     from qoda_kernels.cpu.encoding import encoder
 
-    print(digest_of_messages())
     for kernel in (encoder(5, 64, "minimum", FLOAT32, False), decoder(5, 64, FLOAT32, "loads")):
         (compiled,) = kernel.owner.overloads.values()
-        print(END_OF_PART, compiled.library.get_llvm_str())
+        print(compiled.library.get_llvm_str(), END_OF_PART)
 
 
-def run_as(processor: str, features: str, function: str, cache: Path) -> str:
-    """What a function of this file prints in a process that compiles for another processor, with an empty cache."""
-    code = f"import runpy; runpy.run_path({__file__!r})[{function!r}]()"
+def code_for_a_processor_like_arm64(cache: Path) -> list[str]:
+    """The parts that `print_code` prints for one that has no extension but a fused multiply-add, as arm64 always has.
+
+    Code in the cache would not be printed, so it is empty.
+    """
+    code = f"import runpy; runpy.run_path({__file__!r})['print_code']()"
     environment = {
-        "NUMBA_CPU_NAME": processor,
-        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "+fma",
         "NUMBA_CACHE_DIR": str(cache),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
@@ -81,36 +195,19 @@ def run_as(processor: str, features: str, function: str, cache: Path) -> str:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+    return ran.stdout.split(END_OF_PART)[:-1]
 
 
-def test_the_same_bits_without_vector_extensions(tmp_path: Path) -> None:
-    """Nor a fused multiply-add: it is made of sums and products of doubles."""
-    assert run_as("generic", "", "print_digest", tmp_path).strip() == digest_of_messages()
-
-
-@pytest.mark.skipif("+avx2" not in FEATURES or "+fma" not in FEATURES, reason="this processor has no AVX2")
-def test_the_same_bits_with_avx2(tmp_path: Path) -> None:
-    """Most processors have it but not AVX-512, and look up levels by other instructions."""
-    assert run_as("haswell", "+avx2,+fma", "print_digest", tmp_path).strip() == digest_of_messages()
-
-
-@pytest.mark.skipif("+fma" not in FEATURES, reason="this processor has no fused multiply-add")
+@pytest.mark.skipif("haswell" not in TARGETS, reason="this processor has no fused multiply-add of x86-64")
 def test_the_kernels_compile_for_arm64_to_vector_code_without_contraction(tmp_path: Path) -> None:
-    """A fused multiply-add that is not meant would give other bits than the reference.
-
-    The code is what Numba hands to LLVM for a processor whose only extension is the one that arm64 always has. Code in
-    the cache would not be printed, so it is empty.
-    """
-    digest, *texts = run_as("generic", "+fma", "print_digest_and_code", tmp_path).split(END_OF_PART)
-    assert digest.strip() == digest_of_messages()
+    """A fused multiply-add that is not meant would give other bits than the reference."""
     from llvmlite import binding as llvm
 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(ARM64).create_target_machine(cpu="generic", opt=2)
     fused = []
-    for text in texts:
+    for text in code_for_a_processor_like_arm64(tmp_path):
         assert set(re.findall(r"llvm\.x86\.[\w.]+", text)) <= {_OF_NUMBA}
         # What the kernels mean to fuse is set apart, and must not be made of a product and a sum.
         text = text.replace("llvm.fma.", "fused_on_purpose_").replace(_OF_NUMBA, "numba_decrease_count")
