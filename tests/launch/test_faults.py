@@ -1,4 +1,4 @@
-"""Programs of every shape end in good order. What becomes of ranks that die is counted by hand: launch/bench/faults.py."""
+"""Programs of every shape end in good order. Ranks that die are counted by hand: launch/bench/faults.py."""
 
 import json
 import subprocess
