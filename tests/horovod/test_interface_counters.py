@@ -21,9 +21,10 @@ def test_counted_bytes_are_those_of_the_network_interface(size: int) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(done.stdout.splitlines()[-1])
     assert set(results) == {"allgather", "reduce_scatter", "off", "plain"}
-    for case, (ours, interface) in results.items():
+    for case, (ours, interface, idle) in results.items():
         # The interface also counts TCP/IP headers, and acknowledgements of their own.
-        assert ours == pytest.approx(interface, rel=0.04), (case, results)
+        assert interface - idle <= 1.04 * ours, (case, results)
+        assert ours <= interface, (case, results)
     assert results["off"][0] == pytest.approx(results["plain"][0], rel=1e-4)
     hops = {"allgather": (size - 1) / (2 * (size - 1) / size), "reduce_scatter": 1.0}
     for case, relative_hops in hops.items():
