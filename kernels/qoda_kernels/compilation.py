@@ -91,6 +91,7 @@ class _SharedCache(FunctionCache):
             except OSError as error:
                 _report_once(_NOT_KEPT.format(f"{self.cache_path} cannot be written to ({error.strerror})"))
                 return
+        _report_once(_NOT_KEPT.format(f"files in {self.cache_path} are damaged, also when they are written anew"))
 
 
 @contextlib.contextmanager
